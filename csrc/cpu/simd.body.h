@@ -1,0 +1,119 @@
+// Vectors, elementary functions and dtype conversion for one instruction set. Included by for_each_isa.h only.
+
+using int64_t = ::int64_t;
+
+template <typename A>
+struct Simd;  // A: the type sums run in
+
+template <>
+struct Simd<float> {
+  typedef float vec __attribute__((vector_size(SEGOPS_VECTOR_BYTES)));
+  typedef float loose __attribute__((vector_size(SEGOPS_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(SEGOPS_VECTOR_BYTES)));
+  static constexpr int lanes = SEGOPS_VECTOR_BYTES / 4;
+  static constexpr int exp_terms = 7, log_terms = 5, mantissa = 23, bias = 127;
+  static constexpr float round_magic = 12582912.0f, exp_min = -87.0f;  // 1.5 * 2^23
+  static constexpr float ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f, log2e = 0x1.715476p0f;
+};
+
+template <>
+struct Simd<double> {
+  typedef double vec __attribute__((vector_size(SEGOPS_VECTOR_BYTES)));
+  typedef double loose __attribute__((vector_size(SEGOPS_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(SEGOPS_VECTOR_BYTES)));
+  static constexpr int lanes = SEGOPS_VECTOR_BYTES / 8;
+  static constexpr int exp_terms = 13, log_terms = 11, mantissa = 52, bias = 1023;
+  static constexpr double round_magic = 6755399441055744.0, exp_min = -708.0;  // 1.5 * 2^52
+  static constexpr double ln2_hi = 0x1.62e42fefa38p-1, ln2_lo = 0x1.ef35793c7673p-45, log2e = 0x1.71547652b82fep0;
+};
+
+template <typename A>
+using Vec = typename Simd<A>::vec;
+
+template <typename A>
+[[gnu::always_inline]] inline Vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename Simd<A>::loose*>(p);
+}
+template <typename A>
+[[gnu::always_inline]] inline void store(A* p, Vec<A> v) {
+  *reinterpret_cast<typename Simd<A>::loose*>(p) = v;
+}
+
+// exp(x) for x below about 80; 0 below exp_min, NaN for NaN. Taylor series on |r| <= ln(2) / 2: within 2 ulp.
+template <typename A>
+[[gnu::always_inline]] inline Vec<A> vexp(Vec<A> x) {
+  using S = Simd<A>;
+  const Vec<A> floor = Vec<A>{} + S::exp_min;
+  const auto tiny = x < floor;
+  x = tiny ? floor : x;
+  const Vec<A> shifted = x * S::log2e + S::round_magic;
+  const Vec<A> n = shifted - S::round_magic;
+  const Vec<A> r = (x - n * S::ln2_hi) - n * S::ln2_lo;
+  A factorial = 1;
+  for (int k = 2; k <= S::exp_terms; ++k) factorial *= k;
+  Vec<A> p = Vec<A>{} + 1 / factorial;
+#pragma GCC unroll 16
+  for (int k = S::exp_terms; k >= 1; --k) {
+    factorial /= k;
+    p = p * r + 1 / factorial;
+  }
+  const auto power = (__builtin_bit_cast(typename S::bits, shifted) + S::bias) << S::mantissa;  // 2^n
+  p *= __builtin_bit_cast(Vec<A>, power);
+  return tiny ? Vec<A>{} : p;
+}
+
+// log(x) for finite normal x > 0; NaN for NaN.
+template <typename A>
+[[gnu::always_inline]] inline Vec<A> vlog(Vec<A> x) {
+  using S = Simd<A>;
+  using B = typename S::bits;
+  const B bits = __builtin_bit_cast(B, x);
+  const B half = __builtin_bit_cast(B, Vec<A>{} + A(0.70710678118654752));
+  const B exponent = (bits - half) >> S::mantissa;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  const Vec<A> m = __builtin_bit_cast(Vec<A>, bits - (exponent << S::mantissa));
+  const Vec<A> e = __builtin_convertvector(exponent, Vec<A>);
+  const Vec<A> s = (m - 1) / (m + 1), s2 = s * s;
+  Vec<A> p = Vec<A>{} + A(1) / (2 * S::log_terms + 1);
+#pragma GCC unroll 16
+  for (int k = S::log_terms - 1; k >= 0; --k) p = p * s2 + A(1) / (2 * k + 1);
+  const Vec<A> y = e * S::ln2_hi + (e * S::ln2_lo + 2 * s * p);
+  return x != x ? x : y;
+}
+
+// Storage types to and from the type sums run in. Bit arithmetic, so that the compiler vectorises the loops around it
+// on every instruction set (headeronly's half conversion it does not).
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline float widen(fp16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t value = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
+  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;
+  return __builtin_bit_cast(float, value | special | uint32_t(x.bits & 0x8000) << 16);
+}
+
+inline void narrow(float x, float& y) { y = x; }
+inline void narrow(double x, double& y) { y = x; }
+inline void narrow(float x, bf16& y) {
+  const uint32_t u = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  y.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+inline void narrow(float x, fp16& y) {
+  const uint32_t sign = __builtin_bit_cast(uint32_t, x) >> 16 & 0x8000;
+  const uint32_t u = __builtin_bit_cast(uint32_t, x) & 0x7fffffff;
+  const uint32_t normal = (u + 0xc8000fff + (u >> 13 & 1)) >> 13;
+  const uint32_t small = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, u) + 0.5f) - 0x3f000000;
+  uint32_t r = u < 0x38800000 ? small : normal;
+  r = u >= 0x477ff000 ? 0x7c00 : r;
+  r = u > 0x7f800000 ? 0x7e00 : r;
+  y.bits = uint16_t(r | sign);
+}
+
+template <typename T>
+struct Sum { using type = float; };
+template <>
+struct Sum<double> { using type = double; };

@@ -1,0 +1,89 @@
+// One string per native op, and the compile-time check of every C++ signature against it.
+//
+// The stable ABI passes arguments as untyped words: a schema `int` over a C++ `double` computes garbage without an error.
+// SEGOPS_IMPL therefore refuses to compile a function whose parameters are not what its schema says.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace segops::schemas {
+
+// Native ops write into tensors that Python has allocated, so that layouts are decided in one place.
+// border: 0 zero, 1 mask, 2 shift. lse is float32, or float64 beside float64 tensors.
+inline constexpr std::string_view local_attention =
+    "(Tensor(a!) out, Tensor(b!) lse, Tensor query, Tensor key, Tensor value, "
+    "int[] kernel_size, int[] dilation, int num_heads, float scale, int border) -> ()";
+inline constexpr std::string_view local_attention_backward =
+    "(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor grad_out, Tensor? grad_lse, "
+    "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "int[] kernel_size, int[] dilation, int num_heads, float scale, int border) -> ()";
+// Caps the instruction set of the CPU kernels (0 base, 1 avx2, 2 avx512) and returns the one in force.
+inline constexpr std::string_view cpu_isa = "(int cap) -> int";
+
+// ---- the check ----
+
+template <typename T>
+inline constexpr std::string_view type_name = "unsupported";
+template <> inline constexpr std::string_view type_name<torch::stable::Tensor> = "Tensor";
+template <> inline constexpr std::string_view type_name<std::optional<torch::stable::Tensor>> = "Tensor?";
+template <> inline constexpr std::string_view type_name<int64_t> = "int";
+template <> inline constexpr std::string_view type_name<double> = "float";
+template <> inline constexpr std::string_view type_name<bool> = "bool";
+template <> inline constexpr std::string_view type_name<std::vector<int64_t>> = "int[]";
+template <> inline constexpr std::string_view type_name<std::vector<torch::stable::Tensor>> = "Tensor[]";
+template <> inline constexpr std::string_view type_name<void> = "()";
+
+// Does `text` (one parameter, "Tensor(a!) out") have the type `type` ("Tensor")?
+constexpr bool parameter_is(std::string_view text, std::string_view type) {
+  while (!text.empty() && text.front() == ' ') text.remove_prefix(1);
+  if (text.substr(0, type.size()) != type) return false;
+  text.remove_prefix(type.size());
+  if (!text.empty() && text.front() == '(') text.remove_prefix(text.find(')') + 1);  // alias annotation
+  return !text.empty() && text.front() == ' ';
+}
+
+template <typename Return, typename... Parameters>
+constexpr bool matches(std::string_view schema, Return (*)(Parameters...)) {
+  const auto arrow = schema.rfind("->");
+  const auto close = schema.rfind(')', arrow);
+  if (schema.substr(arrow + 3) != type_name<Return>) return false;
+  std::string_view rest = schema.substr(1, close - 1);
+  bool good = true;
+  const auto next = [&](std::string_view type) {
+    if (rest.empty()) return false;
+    std::size_t comma = 0;
+    for (int depth = 0; comma < rest.size() && !(rest[comma] == ',' && depth == 0); ++comma)
+      depth += rest[comma] == '(' ? 1 : rest[comma] == ')' ? -1 : 0;
+    const auto parameter = rest.substr(0, comma);
+    rest = comma < rest.size() ? rest.substr(comma + 1) : std::string_view{};
+    return parameter_is(parameter, type);
+  };
+  ((good = good && next(type_name<std::remove_cv_t<std::remove_reference_t<Parameters>>>)), ...);
+  return good && rest.empty();
+}
+
+}  // namespace segops::schemas
+
+// Emulation of the CUDA kernels on a CPU registers the same functions under another namespace and key.
+#ifndef SEGOPS_NAMESPACE
+#define SEGOPS_NAMESPACE segops_C
+#endif
+#ifndef SEGOPS_CUDA_KEY
+#define SEGOPS_CUDA_KEY CUDA
+#endif
+
+// Inside STABLE_TORCH_LIBRARY_FRAGMENT: m.def of the op's schema.
+#define SEGOPS_DEF(m, op) (m).def((std::string(#op) + std::string(segops::schemas::op)).c_str())
+
+// Inside STABLE_TORCH_LIBRARY_IMPL: m.impl of `function`, whose signature is checked against the op's schema.
+#define SEGOPS_IMPL(m, op, function)                                              \
+  static_assert(segops::schemas::matches(segops::schemas::op, &(function)),       \
+                "the signature of " #function " differs from schemas::" #op);     \
+  (m).impl(#op, TORCH_BOX(&(function)))

@@ -1,0 +1,51 @@
+"""Argument checks of the public functions: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensor(function: str, name: str, value: Any, layout: str) -> None:
+    """``layout`` is the expected shape in words of its axes, such as "[N, C, H, W]"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor {layout}, got {type(value).__name__}")
+    axes = layout.count(",") + 1
+    if value.dim() != axes:
+        raise ValueError(f"{function}: {name} must be {layout}, got {value.dim()} axes: {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{function}: {name} must have a floating-point dtype, got {value.dtype}")
+
+
+def alike(function: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Same device, and same dtype unless autocast is about to make it so."""
+    if a.device != b.device:
+        raise ValueError(f"{function}: {second} must be on {first}'s device {a.device}, got {b.device}")
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+        raise TypeError(f"{function}: {second} must have {first}'s dtype {a.dtype}, got {b.dtype}")
+
+
+def pair(function: str, name: str, value: Any, *, odd: bool = False) -> tuple[int, int]:
+    """An int, or two of them (height, width), each at least 1."""
+    both = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(both, Sequence) or len(both) != 2 or not all(type(v) is int for v in both):
+        raise TypeError(f"{function}: {name} must be an int or a pair (height, width) of ints, got {value!r}")
+    if min(both) < 1 or (odd and not all(v % 2 for v in both)):
+        raise ValueError(f"{function}: {name} must be {'odd and ' if odd else ''}at least 1, got {value!r}")
+    return both[0], both[1]
+
+
+def positive(function: str, name: str, value: Any) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{function}: {name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{function}: {name} must be at least 1, got {value}")
+
+
+def choice(function: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        expected = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{function}: {name} must be one of {expected}, got {value!r}")

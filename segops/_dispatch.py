@@ -1,0 +1,350 @@
+"""The op table, the router, and what a user sees of them: use_backend, explain, record.
+
+An op is defined once, by :class:`Op`: its schema exists even when nothing is compiled, its shapes are known to the fake
+kernel, and its backends are rows of a table. A row says no with a sentence. This is the only file that talks to
+torch.library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key; ROCm devices call themselves "cuda" too
+_library = torch.library.Library("segops", "DEF")
+
+OPS: dict[str, Op] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the call; the message holds every reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of an op's table for one device type.
+
+    Attributes:
+        name: What ``use_backend`` calls it.
+        run: Takes the op's arguments, returns its outputs.
+        available: None, or why this backend can run nothing here (not built, not installed).
+        why_not: None, or why it refuses these arguments; looks at shapes, dtypes and devices only.
+        by_name_only: Never chosen automatically.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    available: Callable[[], str | None] = lambda: None
+    why_not: Callable[..., str | None] = lambda *args: None
+    by_name_only: bool = False
+
+
+class Call(NamedTuple):
+    """One entry of :func:`record`: what ran, where, and who refused before it."""
+
+    op: str
+    device: str
+    backend: str
+    refusals: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class _State:
+    # A module attribute, not a ContextVar: Dynamo cannot trace a ContextVar under fullgraph=True.
+    backend: str | None = None
+    log: list[Call] | None = None
+    explaining: bool = False
+    warned: set[tuple[str, str]] = field(default_factory=set)
+
+
+_state = _State()
+
+
+class Op:
+    """An operator of the ``segops`` namespace.
+
+    Args:
+        name: Its name in every layer.
+        schema: The part of the schema after the name.
+        reference: Its meaning, with the arguments of the schema; runs where no backend does.
+        fake: Outputs of the right shape, dtype and strides, from the arguments of the schema.
+        backends: Device type to rows, the preferred one first.
+        autocast: Cast floating-point tensors to the autocast dtype on the way in.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        backends: dict[str, Sequence[Backend]],
+        autocast: bool = True,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.backends = {device: list(backends.get(device, ())) for device in _DEVICES}
+        self.has_autocast = autocast
+        _library.define(name + schema)
+        torch.library.register_fake(f"segops::{name}", fake, lib=_library)
+        for device, key in _DEVICES.items():
+            _library.impl(name, self._router(device), key)
+            if autocast:
+                _library.impl(name, self._autocaster(device), f"Autocast{key}")
+        self.overload = getattr(torch.ops.segops, name).default
+        OPS[name] = self
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+        torch.library.register_autograd(
+            f"segops::{self.name}", backward, setup_context=setup_context, lib=_library
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the op if a backend accepts the call, else the reference: eager, differentiable, compiles."""
+        device = _device_of(args)
+        if _state.explaining:
+            raise _Explained(self, device, args)
+        backend, refusals = self.choose(device, args)
+        if backend is not None:
+            return self.overload(*args)
+        if not torch.compiler.is_compiling():
+            self._note(device, "reference", refusals, args)
+        if self.has_autocast and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.reference(*_autocast(device, args))
+        return self.reference(*args)
+
+    def choose(self, device: str, args: Sequence[Any]) -> tuple[Backend | None, list[tuple[str, str]]]:
+        """The row that runs the call (None: the reference), and the refusals before it.
+
+        Raises:
+            BackendError: the backend asked for by name refuses.
+        """
+        wanted = _state.backend
+        refusals: list[tuple[str, str]] = []
+        if wanted == "reference":
+            return None, refusals
+        for row in self.backends.get(device, ()):
+            if row.name == wanted or (wanted is None and not row.by_name_only):
+                reason = row.available() or row.why_not(*args)
+                if reason is None:
+                    return row, refusals
+                refusals.append((row.name, reason))
+        if wanted is not None:
+            have = ", ".join(row.name for row in self.backends.get(device, ())) or "none"
+            why = "; ".join(reason for _, reason in refusals)
+            why = why or f"{self.name} has no such backend for device {device} (it has: {have}, reference)"
+            raise BackendError(f"segops.{self.name}: backend {wanted!r} was asked for and cannot run: {why}")
+        return None, refusals
+
+    def _router(self, device: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            backend, refusals = self.choose(device, args)
+            self._note(device, "reference" if backend is None else backend.name, refusals, args)
+            if backend is not None:
+                return backend.run(*args)
+            with _autograd_restored():  # the reference of a backward op differentiates
+                return self.reference(*args)
+
+        return run
+
+    def _autocaster(self, device: str) -> Callable[..., Any]:
+        # torch.library.register_autocast takes one fixed dtype; the user's choice is read at every call instead.
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{_DEVICES[device]}"))
+
+        def run(*args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self.overload(*_autocast(device, args))
+
+        return run
+
+    def _note(self, device: str, backend: str, refusals: list[tuple[str, str]], args: Sequence[Any]) -> None:
+        if _state.log is not None:
+            _state.log.append(Call(self.name, device, backend, tuple(refusals)))
+        if _state.backend is not None:
+            return
+        for row in self.backends.get(device, ()):
+            reason = dict(refusals).get(row.name)
+            if reason is None or row.available() is not None or (self.name, reason) in _state.warned:
+                continue
+            _state.warned.add((self.name, reason))
+            warnings.warn(
+                f"segops.{self.name} runs on {backend!r}: backend {row.name!r} refused, {reason}", stacklevel=4
+            )
+
+
+class _Explained(Exception):
+    """Carries a public function's normalised call out of it, before anything runs."""
+
+    def __init__(self, op: Op, device: str, args: Sequence[Any]) -> None:
+        super().__init__(op.name)
+        self.op, self.device, self.args_of_op = op, device, args
+
+
+def _device_of(args: Sequence[Any]) -> str:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device.type
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return arg[0].device.type
+    raise TypeError("an op needs at least one tensor")
+
+
+def _autograd_restored() -> Any:
+    """Undoes, for the thread, the exclusion of the autograd keys under which a kernel runs."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(include, exclude)
+
+
+def _autocast(device: str, args: Sequence[Any]) -> tuple[Any, ...]:
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(arg: Any) -> Any:
+        if isinstance(arg, Tensor):  # float64 stays, as in torch's own autocast
+            return arg.to(dtype) if arg.is_floating_point() and arg.dtype != torch.float64 else arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return [cast(item) for item in arg]
+        return arg
+
+    return tuple(cast(arg) for arg in args)
+
+
+def triton_available() -> str | None:
+    """Why Triton kernels cannot run on a GPU here, or None."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} has no GPU support"
+    return _kernels("local_attention")[1]
+
+
+def triton_interpreter_available() -> str | None:
+    """Why Triton's interpreter cannot run kernels on CPU tensors, or None."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "the Triton interpreter is off (set TRITON_INTERPRET=1 before the first import of triton)"
+    return _kernels("local_attention")[1]
+
+
+def kernels(name: str) -> ModuleType:
+    """The Triton module of an op, imported on first use so that importing segops does not import triton."""
+    module, reason = _kernels(name)
+    if module is None:
+        raise BackendError(f"segops.kernels.{name}: {reason}")
+    return module
+
+
+_imported: dict[str, tuple[ModuleType | None, str | None]] = {}
+
+
+def _kernels(name: str) -> tuple[ModuleType | None, str | None]:
+    if name not in _imported:
+        import importlib
+
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            _imported[name] = (None, f"triton cannot be imported: {error}")
+        else:
+            _imported[name] = (importlib.import_module(f"segops.kernels.{name}"), None)
+    return _imported[name]
+
+
+def backend_names() -> list[str]:
+    """Every name that ``use_backend`` takes."""
+    names = {row.name for op in OPS.values() for rows in op.backends.values() for row in rows}
+    return sorted(names) + ["reference"]
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs every op inside the ``with`` block, backward included, on the named backend, or raises.
+
+    Args:
+        name: A backend (``segops.info()`` lists them), ``"reference"``, or None for the automatic choice. The
+            environment variable ``SEGOPS_BACKEND`` sets the choice outside every block.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendError: (from the op) the backend refuses the call; the message says why.
+    """
+    if name is not None and name not in backend_names():
+        raise ValueError(f"use_backend: expected one of {', '.join(backend_names())} or None, got {name!r}")
+    before, _state.backend = _state.backend, name
+    try:
+        yield
+    finally:
+        _state.backend = before
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Call]]:
+    """Yields a list that receives a :class:`Call` (op, device, backend, refusals) for every op that runs inside."""
+    before, _state.log = _state.log, []
+    try:
+        yield _state.log
+    finally:
+        _state.log = before
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend takes a call, and why the others do not. ``str()`` of it is meant to be read."""
+
+    op: str
+    device: str
+    chosen: str
+    rows: tuple[tuple[str, str | None], ...]
+
+    def __str__(self) -> str:
+        lines = [f"segops.{self.op} on {self.device} runs on: {self.chosen}"]
+        lines += [f"  {name:18} {reason or 'accepts'}" for name, reason in self.rows]
+        return "\n".join(lines)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would run ``function(*args, **kwargs)``, and the reason of each that would not. Runs nothing.
+
+    Args:
+        function: A public function, such as ``segops.local_attention``.
+
+    Raises:
+        TypeError: the function is not an operator of segops.
+        ValueError, TypeError: the call itself is wrong.
+    """
+    _state.explaining = True
+    try:
+        function(*args, **kwargs)
+    except _Explained as call:
+        op, device, op_args = call.op, call.device, call.args_of_op
+    else:
+        raise TypeError(f"explain: expected a segops operator, got {function!r}")
+    finally:
+        _state.explaining = False
+    rows = []
+    for row in op.backends.get(device, ()):
+        reason = row.available() or row.why_not(*op_args)
+        rows.append((row.name, "only by name" if reason is None and row.by_name_only else reason))
+    rows.append(("reference", None))
+    try:
+        backend, _ = op.choose(device, op_args)
+        chosen = "reference" if backend is None else backend.name
+    except BackendError as error:
+        chosen = f"nothing: {error}"
+    return Explanation(op.name, device, chosen, tuple(rows))
+
+
+def apply_environment() -> None:
+    """Takes ``SEGOPS_BACKEND``; called once the op table is complete."""
+    name = os.environ.get("SEGOPS_BACKEND") or None
+    if name is not None and name not in backend_names():
+        raise ValueError(f"SEGOPS_BACKEND: expected one of {', '.join(backend_names())}, got {name!r}")
+    _state.backend = name

@@ -1,0 +1,254 @@
+"""Dilated local attention: the public function, then the op behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _dispatch, _native
+from .._dispatch import Backend, Op
+from ..reference.local_attention import local_attention as reference
+
+__all__ = ["local_attention"]
+
+BORDERS = ("zero", "mask", "shift")
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    *,
+    num_heads: int = 1,
+    scale: float | None = None,
+    border: str = "zero",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every pixel to a dilated window around it, fused: no unfolded keys, no attention map.
+
+    ``out(p) = sum_n softmax_n(scale * <query(p), key(p + offset_n)>) value(p + offset_n)`` over the
+    ``kernel_size[0] * kernel_size[1]`` taps, the centre included (GALD, eq. 6-8, called LDv2 there).
+
+    Args:
+        query: [N, num_heads * d, H, W], any strides, any H, W >= 1; float16, bfloat16, float32 or float64. A head's
+            channels are consecutive.
+        key: [N, num_heads * d, H, W].
+        value: [N, num_heads * d_v, H, W]; d_v may differ from d.
+        kernel_size: Taps per axis, (height, width) or one int for both; odd.
+        dilation: Distance between taps in pixels, (height, width) or one int for both.
+        num_heads: Heads that the channels are split into.
+        scale: Factor on the logits; None means 1 / sqrt(d). GALD has none: pass 1.0 to follow the paper.
+        border: What a tap outside the map is. ``"zero"``: a tap with logit 0 and value 0, which takes part in the
+            softmax (zero padding after the projections, as in LDv2). ``"mask"``: no tap. ``"shift"``: the window is
+            pushed back inside the map (NATTEN's rule).
+        return_lse: Also return the log-sum-exp of the logits, padded ones included.
+
+    Returns:
+        out [N, num_heads * d_v, H, W] in query's dtype, channels_last if query is; with ``return_lse`` also lse
+        [N, num_heads, H, W], float32 (float64 for float64). Both are differentiable, twice.
+
+    Raises:
+        ValueError: shapes that do not fit, an even kernel_size, an unknown border, or ``border="shift"`` with
+            kernel_size * dilation larger than the map.
+        TypeError: dtypes that differ, or are not floating-point.
+
+    Gradients reach query, key and value. Forward and backward use no atomics and give the same bits on every run; sums run
+    in float32 (float64 for float64). Backends: C++ (CPU), Triton and CUDA C++ (GPU); ``segops.explain`` says which.
+    Under autocast the inputs are cast to the autocast dtype.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 64, 33, 47).unbind()
+        >>> segops.local_attention(q, k, v, kernel_size=5, dilation=6, num_heads=2).shape
+        torch.Size([2, 64, 33, 47])
+    """
+    name = "local_attention"
+    for argument, tensor in (("query", query), ("key", key), ("value", value)):
+        _checks.tensor(name, argument, tensor, "[N, C, H, W]")
+    _checks.alike(name, "query", query, "key", key)
+    _checks.alike(name, "query", query, "value", value)
+    _checks.positive(name, "num_heads", num_heads)
+    _checks.choice(name, "border", border, BORDERS)
+    kernel_size = _checks.pair(name, "kernel_size", kernel_size, odd=True)
+    dilation = _checks.pair(name, "dilation", dilation)
+    n, c, h, w = query.shape
+    if key.shape != query.shape:
+        raise ValueError(f"{name}: key must have query's shape {tuple(query.shape)}, got {tuple(key.shape)}")
+    if value.shape[0] != n or value.shape[2:] != query.shape[2:]:
+        raise ValueError(f"{name}: value must be [{n}, C, {h}, {w}] as query is, got {tuple(value.shape)}")
+    for argument, tensor in (("query", query), ("value", value)):
+        if tensor.shape[1] < 1 or tensor.shape[1] % num_heads:
+            raise ValueError(
+                f"{name}: {argument} must have a multiple of num_heads={num_heads} channels, got {tensor.shape[1]}"
+            )
+    if h < 1 or w < 1:
+        raise ValueError(f"{name}: query must have H, W >= 1, got {h} x {w}")
+    if border == "shift":
+        for axis, length, taps, step in zip("HW", (h, w), kernel_size, dilation, strict=True):
+            if taps * step > length:
+                raise ValueError(
+                    f"{name}: border='shift' needs kernel_size * dilation <= {axis}, got {taps} * {step} > {length};"
+                    " border='zero' or 'mask' take any size"
+                )
+    if scale is None:
+        scale = (c // num_heads) ** -0.5
+    out, lse = OP(query, key, value, list(kernel_size), list(dilation), num_heads, float(scale), border)
+    return (out, lse) if return_lse else out
+
+
+# Outputs are allocated here for the fake kernel and for every backend, so that their strides cannot differ.
+
+
+def _empty(query: Tensor, value: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    n, _, h, w = query.shape
+    channels_last = query.shape[1] > 1 and query.stride(1) == 1
+    out = torch.empty(
+        value.shape,
+        dtype=query.dtype,
+        device=query.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, torch.empty((n, num_heads, h, w), dtype=lse_dtype, device=query.device)
+
+
+def _empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _fake(query, key, value, kernel_size, dilation, num_heads, scale, border):
+    return _empty(query, value, num_heads)
+
+
+def _fake_backward(grad_out, grad_lse, query, key, value, out, lse, *window):
+    return _empty_gradients(query, key, value)
+
+
+def _reference_backward(grad_out, grad_lse, query, key, value, out, lse, *window):
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (query, key, value)]
+        outputs = reference(*inputs, *window)
+        kept = [(o, g.to(o.dtype)) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
+        return torch.autograd.grad(
+            [o for o, _ in kept], inputs, [g for _, g in kept], create_graph=create_graph, materialize_grads=True
+        )
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, *window = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.window = window
+
+
+def _backward(ctx, grad_out, grad_lse):
+    query, key, value, out, lse = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 8
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    gradients = BACKWARD(grad_out, grad_lse, query, key, value, out, lse, *ctx.window)
+    return (*gradients, *(None,) * 5)
+
+
+def _setup_double(ctx, inputs, output):
+    grad_out, grad_lse, query, key, value, _, _, *window = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_out, grad_lse, query, key, value)
+    ctx.window = window
+
+
+def _double_backward(ctx, *grads):
+    tensors, window = ctx.saved_tensors, ctx.window
+    if all(g is None for g in grads):
+        return (None,) * (len(tensors) + 2 + len(window))
+    with torch.enable_grad():
+        inputs = [None if x is None else x.detach().requires_grad_() for x in tensors]
+        first = _reference_backward(*inputs, None, None, *window)
+        used = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None]
+        wanted = [x for x in inputs if x is not None]
+        second = iter(torch.autograd.grad([f for f, _ in used], wanted, [g for _, g in used], allow_unused=True))
+    gradients = [None if x is None else next(second) for x in inputs]
+    return (*gradients, None, None, *(None for _ in window))  # out and lse are saved values, not inputs of the formula
+
+
+def _why_not(query: Tensor, *args: Any) -> str | None:
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"dtype {query.dtype}"
+    return None
+
+
+def _why_not_backward(grad_out: Tensor, *args: Any) -> str | None:
+    return _why_not(grad_out)
+
+
+def _native_forward(query, key, value, kernel_size, dilation, num_heads, scale, border):
+    out, lse = _empty(query, value, num_heads)
+    torch.ops.segops_C.local_attention(
+        out, lse, query, key, value, kernel_size, dilation, num_heads, scale, BORDERS.index(border)
+    )
+    return out, lse
+
+
+def _native_backward(grad_out, grad_lse, query, key, value, out, lse, kernel_size, dilation, num_heads, scale, border):
+    gradients = _empty_gradients(query, key, value)
+    torch.ops.segops_C.local_attention_backward(
+        *gradients, grad_out, grad_lse, query, key, value, out, lse,
+        kernel_size, dilation, num_heads, scale, BORDERS.index(border),
+    )  # fmt: skip
+    return gradients
+
+
+def _triton_forward(query, key, value, *window):
+    out, lse = _empty(query, value, window[2])
+    _dispatch.kernels("local_attention").forward(out, lse, query, key, value, *window)
+    return out, lse
+
+
+def _triton_backward(grad_out, grad_lse, query, key, value, out, lse, *window):
+    gradients = _empty_gradients(query, key, value)
+    _dispatch.kernels("local_attention").backward(
+        *gradients, grad_out, grad_lse, query, key, value, out, lse, *window
+    )
+    return gradients
+
+
+def _table(native, triton, why_not):
+    cpu = Backend("cpu", native, lambda: _native.why_not("_C"), why_not)
+    interpreted = Backend(
+        "triton-interpret", triton, _dispatch.triton_interpreter_available, why_not, by_name_only=True
+    )
+    return {
+        "cpu": [cpu, interpreted],
+        # Triton first until a GPU has measured the order.
+        "cuda": [
+            Backend("triton", triton, _dispatch.triton_available, why_not),
+            Backend("cuda", native, lambda: _native.why_not("_C_cuda"), why_not),
+        ],
+    }
+
+
+OP = Op(
+    "local_attention",
+    "(Tensor query, Tensor key, Tensor value, int[2] kernel_size, int[2] dilation, int num_heads, float scale, "
+    "str border) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=_fake,
+    backends=_table(_native_forward, _triton_forward, _why_not),
+)
+OP.register_autograd(_backward, _setup_context)
+
+BACKWARD = Op(
+    "local_attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "int[2] kernel_size, int[2] dilation, int num_heads, float scale, str border) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    backends=_table(_native_backward, _triton_backward, _why_not_backward),
+    autocast=False,
+)
+BACKWARD.register_autograd(_double_backward, _setup_double)
