@@ -48,9 +48,7 @@ class ConfusionMatrix:
         Scores(miou=0.5, accuracy=0.6666666666666666, iou={'sky': 0.5, 'road': 0.5, 'car': nan})
     """
 
-    def __init__(
-        self, num_classes: int, *, ignore_index: int = 255, class_names: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, num_classes: int, *, ignore_index: int = 255, class_names: Sequence[str] | None = None) -> None:
         names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
         if len(names) != num_classes:
             raise ValueError(f"ConfusionMatrix: class_names must be {num_classes} names, got {len(names)}")

@@ -114,23 +114,39 @@ struct Worker {
     return shift ? most(0, least(s, count - kh)) : s;
   }
 
+  // One row of a head into a padded row buffer; the row of the next group is fetched on the way.
   void load_row(A* out, const Plane<T>& plane, int64_t y, A factor) const {
     const T* in = plane.data + y * plane.y;
+    const int64_t ahead = y + rh < p.h ? rh * plane.y : 0;
     out += margin;
     if (plane.x == 1) {
       for (int64_t c = 0; c < plane.channels; ++c) {
         const T* from = in + c * plane.c;
-        A* to = out + c * row;
-        for (int64_t x = 0; x < p.w; ++x) to[x] = widen(from[x]) * factor;
+        int64_t x = 0;
+        for (; x + L <= p.w; x += L) {
+          __builtin_prefetch(from + ahead + x, 0, 2);
+          store(out + c * row + x, widen(from + x) * factor);
+        }
+        if (x < p.w) store(out + c * row + x, widen(from + x, p.w - x) * factor);
       }
+    } else if (plane.c == 1) {
+      for (int64_t x = 0; x < p.w; x += L)
+        for (int64_t c = 0; c < plane.channels; c += L) {
+          const int64_t pixels = least(L, p.w - x), channels = least(L, plane.channels - c);
+          Vec<A> tile[L];
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) {
+            const T* from = in + (x + least(i, pixels - 1)) * plane.x + c;
+            __builtin_prefetch(from + ahead, 0, 2);
+            tile[i] = (channels == L ? widen(from) : widen(from, channels)) * factor;
+          }
+          transpose<A>(tile);
+          for (int i = 0; i < channels; ++i) store(out + (c + i) * row + x, tile[i]);
+        }
     } else {
-      constexpr int64_t tile = 16;  // channels_last: a tile at a time, so that both sides stay in cache lines
-      for (int64_t x0 = 0; x0 < p.w; x0 += tile)
-        for (int64_t c = 0; c < plane.channels; ++c)
-          for (int64_t x = x0; x < least(x0 + tile, p.w); ++x)
-            out[c * row + x] = widen(in[c * plane.c + x * plane.x]) * factor;
+      for (int64_t c = 0; c < plane.channels; ++c)
+        for (int64_t x = 0; x < p.w; ++x) out[c * row + x] = widen(in + c * plane.c + x * plane.x, 1)[0] * factor;
     }
-    if (pad_w == 0 && blocks_w == p.w) return;
     for (int64_t c = 0; c < plane.channels; ++c) {
       A* to = out + c * row;
       for (int64_t x = 1; x <= margin; ++x) to[-x] = 0;
@@ -142,18 +158,34 @@ struct Worker {
     }
   }
 
+  // `count` pixels from x0 on; `in` is [channels][in_stride] with at least a vector's room after the last.
   void store_row(const A* in, int64_t in_stride, const Plane<T>& plane, int64_t y, int64_t x0, int64_t count,
                  A factor) const {
     T* out = plane.data + y * plane.y + x0 * plane.x;
     if (plane.x == 1) {
-      for (int64_t c = 0; c < plane.channels; ++c)
-        for (int64_t x = 0; x < count; ++x) narrow(in[c * in_stride + x] * factor, out[c * plane.c + x]);
+      for (int64_t c = 0; c < plane.channels; ++c) {
+        T* to = out + c * plane.c;
+        int64_t x = 0;
+        for (; x + L <= count; x += L) narrow(load(in + c * in_stride + x) * factor, to + x);
+        if (x < count) narrow(load(in + c * in_stride + x) * factor, to + x, count - x);
+      }
+    } else if (plane.c == 1) {
+      for (int64_t x = 0; x < count; x += L)
+        for (int64_t c = 0; c < plane.channels; c += L) {
+          const int64_t pixels = least(L, count - x), channels = least(L, plane.channels - c);
+          Vec<A> tile[L];
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) tile[i] = load(in + (c + least(i, channels - 1)) * in_stride + x) * factor;
+          transpose<A>(tile);
+          for (int i = 0; i < pixels; ++i) {
+            T* to = out + (x + i) * plane.x + c;
+            channels == L ? narrow(tile[i], to) : narrow(tile[i], to, channels);
+          }
+        }
     } else {
-      constexpr int64_t tile = 16;
-      for (int64_t x1 = 0; x1 < count; x1 += tile)
-        for (int64_t c = 0; c < plane.channels; ++c)
-          for (int64_t x = x1; x < least(x1 + tile, count); ++x)
-            narrow(in[c * in_stride + x] * factor, out[c * plane.c + x * plane.x]);
+      for (int64_t c = 0; c < plane.channels; ++c)
+        for (int64_t x = 0; x < count; ++x)
+          narrow(Vec<A>{} + in[c * in_stride + x] * factor, out + c * plane.c + x * plane.x, 1);
     }
   }
 

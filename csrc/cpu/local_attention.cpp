@@ -78,6 +78,7 @@ void run(const Problem& p, bool backward) {
 void local_attention(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key, const Tensor& value,
                      std::vector<int64_t> kernel_size, std::vector<int64_t> dilation, int64_t num_heads, double scale,
                      int64_t border) {
+  advise_huge_pages(out);
   run(problem(query, key, value, out, lse, kernel_size, dilation, num_heads, scale, border), false);
 }
 
@@ -90,6 +91,7 @@ void local_attention_backward(const Tensor& grad_query, const Tensor& grad_key, 
   p.grad_out = Strided(grad_out);
   if (grad_lse) p.grad_lse = Strided(*grad_lse);
   p.grad_query = Strided(grad_query), p.grad_key = Strided(grad_key), p.grad_value = Strided(grad_value);
+  for (const Tensor* gradient : {&grad_query, &grad_key, &grad_value}) advise_huge_pages(*gradient);
   run(p, true);
 }
 

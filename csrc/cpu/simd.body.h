@@ -80,40 +80,88 @@ template <typename A>
   return x != x ? x : y;
 }
 
-// Storage types to and from the type sums run in. Bit arithmetic, so that the compiler vectorises the loops around it
-// on every instruction set (headeronly's half conversion it does not).
+// Storage types to and from the type sums run in, a vector at a time. Half precision goes by bit arithmetic, which every
+// instruction set has; headeronly's conversions do not vectorise.
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
-inline float widen(fp16 x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t value = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
-  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;
-  return __builtin_bit_cast(float, value | special | uint32_t(x.bits & 0x8000) << 16);
-}
-
-inline void narrow(float x, float& y) { y = x; }
-inline void narrow(double x, double& y) { y = x; }
-inline void narrow(float x, bf16& y) {
-  const uint32_t u = __builtin_bit_cast(uint32_t, x);
-  const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  y.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-inline void narrow(float x, fp16& y) {
-  const uint32_t sign = __builtin_bit_cast(uint32_t, x) >> 16 & 0x8000;
-  const uint32_t u = __builtin_bit_cast(uint32_t, x) & 0x7fffffff;
-  const uint32_t normal = (u + 0xc8000fff + (u >> 13 & 1)) >> 13;
-  const uint32_t small = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, u) + 0.5f) - 0x3f000000;
-  uint32_t r = u < 0x38800000 ? small : normal;
-  r = u >= 0x477ff000 ? 0x7c00 : r;
-  r = u > 0x7f800000 ? 0x7e00 : r;
-  y.bits = uint16_t(r | sign);
-}
 
 template <typename T>
 struct Sum { using type = float; };
 template <>
 struct Sum<double> { using type = double; };
+
+using Floats = Vec<float>;
+typedef uint32_t Words __attribute__((vector_size(SEGOPS_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(SEGOPS_VECTOR_BYTES / 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(SEGOPS_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+[[gnu::always_inline]] inline Vec<float> widen(const float* p) { return load(p); }
+[[gnu::always_inline]] inline Vec<double> widen(const double* p) { return load(p); }
+[[gnu::always_inline]] inline Floats widen(const bf16* p) {
+  const Halves h = *reinterpret_cast<const LooseHalves*>(p);
+  return __builtin_bit_cast(Floats, __builtin_convertvector(h, Words) << 16);
+}
+[[gnu::always_inline]] inline Floats widen(const fp16* p) {
+  const Halves h = *reinterpret_cast<const LooseHalves*>(p);
+  const Words u = __builtin_convertvector(h, Words), magnitude = (u & 0x7fff) << 13;
+  const Words value = __builtin_bit_cast(Words, __builtin_bit_cast(Floats, magnitude) * 0x1p112f);
+  const Words special = magnitude >= 0x0f800000u ? Words{} + 0x7f800000u : Words{};  // infinity, NaN
+  return __builtin_bit_cast(Floats, value | special | (u & 0x8000) << 16);
+}
+
+[[gnu::always_inline]] inline void narrow(Vec<float> x, float* p) { store(p, x); }
+[[gnu::always_inline]] inline void narrow(Vec<double> x, double* p) { store(p, x); }
+[[gnu::always_inline]] inline void narrow(Floats x, bf16* p) {
+  const Words u = __builtin_bit_cast(Words, x), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  const Words r = (u & 0x7fffffff) > 0x7f800000u ? Words{} + 0x7fc0u : rounded;
+  *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector(r, Halves);
+}
+[[gnu::always_inline]] inline void narrow(Floats x, fp16* p) {
+  const Words sign = __builtin_bit_cast(Words, x) >> 16 & 0x8000, u = __builtin_bit_cast(Words, x) & 0x7fffffff;
+  const Words normal = (u + 0xc8000fffu + (u >> 13 & 1)) >> 13;
+  const Words small = __builtin_bit_cast(Words, __builtin_bit_cast(Floats, u) + 0.5f) - 0x3f000000u;
+  Words r = u < 0x38800000u ? small : normal;
+  r = u >= 0x477ff000u ? Words{} + 0x7c00u : r;
+  r = u > 0x7f800000u ? Words{} + 0x7e00u : r;
+  *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector(r | sign, Halves);
+}
+
+// The same for the first `count` of a vector's elements; the others read as 0 and are not written.
+template <typename T>
+[[gnu::always_inline]] inline auto widen(const T* p, int64_t count) {
+  T full[SEGOPS_VECTOR_BYTES / sizeof(typename Sum<T>::type)] = {};
+  __builtin_memcpy(full, p, count * sizeof(T));
+  return widen(static_cast<const T*>(full));
+}
+template <typename T, typename V>
+[[gnu::always_inline]] inline void narrow(V x, T* p, int64_t count) {
+  T full[SEGOPS_VECTOR_BYTES / sizeof(typename Sum<T>::type)];
+  narrow(x, static_cast<T*>(full));
+  __builtin_memcpy(p, full, count * sizeof(T));
+}
+
+template <typename A, bool High>
+[[gnu::always_inline]] inline Vec<A> zip(Vec<A> a, Vec<A> b) {  // a0 b0 a1 b1 ..., its low or its high half
+  constexpr int L = Simd<A>::lanes;
+  typename Simd<A>::bits order = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) order[i] = i / 2 + (i % 2) * L + (High ? L / 2 : 0);
+  return __builtin_shuffle(a, b, order);
+}
+
+// rows[i][j] <-> rows[j][i] of a square of vectors: log2(lanes) rounds of zipping row i with row i + lanes / 2.
+template <typename A>
+[[gnu::always_inline]] inline void transpose(Vec<A>* rows) {
+  constexpr int L = Simd<A>::lanes;
+  Vec<A> next[L];
+#pragma GCC unroll 4
+  for (int width = 1; width < L; width *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = zip<A, false>(rows[i], rows[i + L / 2]);
+      next[2 * i + 1] = zip<A, true>(rows[i], rows[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
