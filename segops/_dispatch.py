@@ -8,15 +8,19 @@ torch.library.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import _native
 
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key; ROCm devices call themselves "cuda" too
 _library = torch.library.Library("segops", "DEF")
@@ -77,6 +81,7 @@ class Op:
         reference: Its meaning, with the arguments of the schema; runs where no backend does.
         fake: Outputs of the right shape, dtype and strides, from the arguments of the schema.
         backends: Device type to rows, the preferred one first.
+        native: Namespace of compiled ops -> function of the op's arguments that runs there.
         autocast: Cast floating-point tensors to the autocast dtype on the way in.
     """
 
@@ -87,11 +92,13 @@ class Op:
         *,
         reference: Callable[..., Any],
         fake: Callable[..., Any],
-        backends: dict[str, Sequence[Backend]],
+        backends: Mapping[str, Sequence[Backend]],
+        native: Callable[[str], Callable[..., Any]] | None = None,
         autocast: bool = True,
     ) -> None:
         self.name = name
         self.reference = reference
+        self.native = native
         self.backends = {device: list(backends.get(device, ())) for device in _DEVICES}
         self.has_autocast = autocast
         _library.define(name + schema)
@@ -220,42 +227,52 @@ def _autocast(device: str, args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(cast(arg) for arg in args)
 
 
-def triton_available() -> str | None:
-    """Why Triton kernels cannot run on a GPU here, or None."""
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} has no GPU support"
-    return _kernels("local_attention")[1]
+def backends(
+    *,
+    native: Callable[[str], Callable[..., Any]],
+    triton: Callable[..., Any],
+    why_not: Callable[..., str | None],
+) -> dict[str, list[Backend]]:
+    """The table of an op that has all four backends.
+
+    Args:
+        native: Namespace of compiled ops -> function of the op's arguments that runs there.
+        triton: Function of the op's arguments that runs ``segops.kernels``.
+        why_not: Why the arguments are refused, by either.
+    """
+    compiled = native("segops_C")
+    return {
+        "cpu": [
+            Backend("cpu", compiled, lambda: _native.why_not("_C"), why_not),
+            Backend("triton-interpret", triton, _interpreter_missing, why_not, by_name_only=True),
+        ],
+        # Triton first until a GPU has measured the order.
+        "cuda": [
+            Backend("triton", triton, _triton_missing, why_not),
+            Backend("cuda", compiled, lambda: _native.why_not("_C_cuda"), why_not),
+        ],
+    }
 
 
-def triton_interpreter_available() -> str | None:
-    """Why Triton's interpreter cannot run kernels on CPU tensors, or None."""
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def _interpreter_missing() -> str | None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton interpreter is off (set TRITON_INTERPRET=1 before the first import of triton)"
-    return _kernels("local_attention")[1]
+    return _triton_missing()
 
 
+@functools.cache
 def kernels(name: str) -> ModuleType:
     """The Triton module of an op, imported on first use so that importing segops does not import triton."""
-    module, reason = _kernels(name)
-    if module is None:
-        raise BackendError(f"segops.kernels.{name}: {reason}")
-    return module
-
-
-_imported: dict[str, tuple[ModuleType | None, str | None]] = {}
-
-
-def _kernels(name: str) -> tuple[ModuleType | None, str | None]:
-    if name not in _imported:
-        import importlib
-
-        try:
-            importlib.import_module("triton")
-        except ImportError as error:
-            _imported[name] = (None, f"triton cannot be imported: {error}")
-        else:
-            _imported[name] = (importlib.import_module(f"segops.kernels.{name}"), None)
-    return _imported[name]
+    return importlib.import_module(f"segops.kernels.{name}")
 
 
 def backend_names() -> list[str]:

@@ -343,8 +343,8 @@ struct Worker {
     A *sums, *delta, *out, *temporary;
   };
   Backward backward_scratch(Arena& arena) const {
-    // A key row is seen from kh query rows, from up to kh / 2 more where windows are pushed back inside.
-    const int64_t seen = least(kh + (shift ? kh / 2 : 0), p.h), reach = least(kh, p.h);
+    // A key row is seen from kh query rows; from up to 2 kh - 1 where windows are pushed back inside at both ends.
+    const int64_t seen = least(shift ? 2 * kh - 1 : kh, p.h), reach = least(kh, p.h);
     Backward s;
     s.query = arena.ring(seen, p.d * row), s.grad = arena.ring(seen, p.dv * row);
     s.key = arena.ring(reach, p.d * row), s.value = arena.ring(reach, p.dv * row);

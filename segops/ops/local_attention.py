@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch, _native
-from .._dispatch import Backend, Op
+from .. import _checks, _dispatch
+from .._dispatch import Op
 from ..reference.local_attention import local_attention as reference
 
 __all__ = ["local_attention"]
@@ -186,21 +186,28 @@ def _why_not_backward(grad_out: Tensor, *args: Any) -> str | None:
     return _why_not(grad_out)
 
 
-def _native_forward(query, key, value, kernel_size, dilation, num_heads, scale, border):
-    out, lse = _empty(query, value, num_heads)
-    torch.ops.segops_C.local_attention(
-        out, lse, query, key, value, kernel_size, dilation, num_heads, scale, BORDERS.index(border)
-    )
-    return out, lse
+def _native_forward(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(query, key, value, kernel_size, dilation, num_heads, scale, border):
+        out, lse = _empty(query, value, num_heads)
+        window = (kernel_size, dilation, num_heads, scale, BORDERS.index(border))
+        compiled.local_attention(out, lse, query, key, value, *window)
+        return out, lse
+
+    return run
 
 
-def _native_backward(grad_out, grad_lse, query, key, value, out, lse, kernel_size, dilation, num_heads, scale, border):
-    gradients = _empty_gradients(query, key, value)
-    torch.ops.segops_C.local_attention_backward(
-        *gradients, grad_out, grad_lse, query, key, value, out, lse,
-        kernel_size, dilation, num_heads, scale, BORDERS.index(border),
-    )  # fmt: skip
-    return gradients
+def _native_backward(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(grad_out, grad_lse, query, key, value, out, lse, kernel_size, dilation, num_heads, scale, border):
+        gradients = _empty_gradients(query, key, value)
+        window = (kernel_size, dilation, num_heads, scale, BORDERS.index(border))
+        compiled.local_attention_backward(*gradients, grad_out, grad_lse, query, key, value, out, lse, *window)
+        return gradients
+
+    return run
 
 
 def _triton_forward(query, key, value, *window):
@@ -217,28 +224,14 @@ def _triton_backward(grad_out, grad_lse, query, key, value, out, lse, *window):
     return gradients
 
 
-def _table(native, triton, why_not):
-    cpu = Backend("cpu", native, lambda: _native.why_not("_C"), why_not)
-    interpreted = Backend(
-        "triton-interpret", triton, _dispatch.triton_interpreter_available, why_not, by_name_only=True
-    )
-    return {
-        "cpu": [cpu, interpreted],
-        # Triton first until a GPU has measured the order.
-        "cuda": [
-            Backend("triton", triton, _dispatch.triton_available, why_not),
-            Backend("cuda", native, lambda: _native.why_not("_C_cuda"), why_not),
-        ],
-    }
-
-
 OP = Op(
     "local_attention",
     "(Tensor query, Tensor key, Tensor value, int[2] kernel_size, int[2] dilation, int num_heads, float scale, "
     "str border) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends=_table(_native_forward, _triton_forward, _why_not),
+    backends=_dispatch.backends(native=_native_forward, triton=_triton_forward, why_not=_why_not),
+    native=_native_forward,
 )
 OP.register_autograd(_backward, _setup_context)
 
@@ -248,7 +241,8 @@ BACKWARD = Op(
     "int[2] kernel_size, int[2] dilation, int num_heads, float scale, str border) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    backends=_table(_native_backward, _triton_backward, _why_not_backward),
+    backends=_dispatch.backends(native=_native_backward, triton=_triton_backward, why_not=_why_not_backward),
+    native=_native_backward,
     autocast=False,
 )
 BACKWARD.register_autograd(_double_backward, _setup_double)
