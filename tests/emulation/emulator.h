@@ -39,8 +39,16 @@ struct Schedule {
   unsigned seed = 0;
   bool reverse_blocks = false;
   int dropped_barrier = 0;  // line of the __syncthreads() that does nothing
+  bool dry = false;         // launches are noted, not run
 };
 inline Schedule schedule;
+
+struct Launched {
+  uint64_t blocks;
+  int threads;
+  std::size_t shared;
+};
+inline std::vector<Launched> launched;  // since the schedule became dry
 
 enum class State { ready, at_barrier, at_shuffle, done };
 
@@ -187,11 +195,12 @@ void run(dim3 grid, dim3 block, std::size_t shared, Body kernel) {
   const std::lock_guard<std::mutex> lock(one_launch);
   const std::function<void()> function = kernel;
   const int threads = static_cast<int>(block.x * block.y * block.z);
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  if (schedule.dry) return launched.push_back({blocks, threads, shared});
   if (fibers.size() < static_cast<std::size_t>(threads)) fibers.resize(threads);
   body = &function;
   gridDim = grid, blockDim = block;
   std::mt19937 random(schedule.seed);
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t b = schedule.reverse_blocks ? blocks - 1 - i : i;
     blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};

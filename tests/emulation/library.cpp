@@ -15,6 +15,9 @@ namespace schemas {
 inline constexpr std::string_view schedule = "(int order, int seed, bool reverse_blocks) -> ()";
 // Takes out the __syncthreads() of a line of the kernels' source; 0 none.
 inline constexpr std::string_view drop_barrier = "(int line) -> ()";
+// From now on launches are noted instead of run; what the i-th was: blocks, threads or bytes of shared memory.
+inline constexpr std::string_view dry_run = "(bool on) -> ()";
+inline constexpr std::string_view launched = "(int i, int what) -> int";
 inline constexpr std::string_view probe_limits = "(Tensor on, int[] grid, int[] block, int shared) -> ()";
 inline constexpr std::string_view probe_alignment = "(Tensor x, int offset) -> ()";
 inline constexpr std::string_view probe_barrier = "(Tensor on, bool skipped) -> ()";
@@ -33,6 +36,16 @@ void schedule(int64_t order, int64_t seed, bool reverse_blocks) {
 }
 
 void drop_barrier(int64_t line) { emulator::schedule.dropped_barrier = static_cast<int>(line); }
+
+void dry_run(bool on) {
+  emulator::schedule.dry = on;
+  emulator::launched.clear();
+}
+
+int64_t launched(int64_t i, int64_t what) {
+  const auto& l = emulator::launched.at(static_cast<std::size_t>(i));
+  return static_cast<int64_t>(what == 0 ? l.blocks : what == 1 ? l.threads : l.shared);
+}
 
 __global__ void empty_kernel() {}
 
@@ -79,6 +92,8 @@ STABLE_TORCH_LIBRARY(segops_emulated, m) {
   SEGOPS_DEF(m, local_attention_backward);
   SEGOPS_DEF(m, schedule);
   SEGOPS_DEF(m, drop_barrier);
+  SEGOPS_DEF(m, dry_run);
+  SEGOPS_DEF(m, launched);
   SEGOPS_DEF(m, probe_limits);
   SEGOPS_DEF(m, probe_alignment);
   SEGOPS_DEF(m, probe_barrier);
@@ -88,6 +103,8 @@ STABLE_TORCH_LIBRARY(segops_emulated, m) {
 STABLE_TORCH_LIBRARY_IMPL(segops_emulated, CompositeExplicitAutograd, m) {
   SEGOPS_IMPL(m, schedule, segops::schedule);
   SEGOPS_IMPL(m, drop_barrier, segops::drop_barrier);
+  SEGOPS_IMPL(m, dry_run, segops::dry_run);
+  SEGOPS_IMPL(m, launched, segops::launched);
 }
 STABLE_TORCH_LIBRARY_IMPL(segops_emulated, CPU, m) {
   SEGOPS_IMPL(m, probe_limits, segops::probe_limits);

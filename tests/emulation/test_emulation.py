@@ -1,0 +1,141 @@
+"""The emulator can fail: what it is there to notice, it notices."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+
+import pytest
+import torch
+
+from . import build
+
+SOURCE = build.ROOT / "csrc" / "cuda" / "local_attention.cu"
+BARRIERS = [i for i, line in enumerate(SOURCE.read_text().splitlines(), 1) if re.match(r"\s*__syncthreads\(\);", line)]
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+BORDERS = ("zero", "mask", "shift")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ops():
+    try:
+        build.load()
+    except build.Unavailable as error:
+        if "cuda-emulated" in os.environ.get("SEGOPS_REQUIRE", "").split(","):
+            pytest.fail(f"cuda-emulated is required (SEGOPS_REQUIRE) and cannot run: {error}")
+        pytest.skip(str(error))
+    return torch.ops.segops_emulated
+
+
+@contextlib.contextmanager
+def scheduled(ops, order="forward", seed=0, reverse_blocks=False, without_barrier=0):
+    ops.schedule(ORDERS[order], seed, reverse_blocks)
+    ops.drop_barrier(without_barrier)
+    try:
+        yield
+    finally:
+        ops.schedule(0, 0, False)
+        ops.drop_barrier(0)
+
+
+def local_attention(ops, shape, kernel_size, dilation, num_heads, border, dtype=torch.float32, layout="contiguous"):
+    """Output, log-sum-exp and all gradients on fixed random inputs."""
+    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (
+        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=memory_format) for _ in range(4)
+    )
+    statistic = torch.float64 if dtype == torch.float64 else torch.float32
+    lse = torch.full((shape[0], num_heads, *shape[2:]), torch.nan, dtype=statistic)
+    grad_lse = torch.randn(lse.shape, generator=generator, dtype=statistic)
+    out, *gradients = (torch.full_like(query, torch.nan) for _ in range(4))
+    window = list(kernel_size), list(dilation), num_heads, 0.3, BORDERS.index(border)
+    ops.local_attention(out, lse, query, key, value, *window)
+    ops.local_attention_backward(*gradients, grad_out, grad_lse, query, key, value, out, lse, *window)
+    return [out, lse, *gradients]
+
+
+# Between them: several tiles per axis, 1 to 16 threads per strip, windows in one and in several blocks, each border.
+CALLS = {
+    "several_tiles": ((1, 16, 30, 61), (5, 5), (1, 1), 1, "zero", torch.bfloat16, "channels_last"),
+    "rows_of_pixels": ((2, 8, 9, 40), (5, 5), (2, 3), 2, "mask", torch.float16, "contiguous"),
+    "pushed_windows": ((1, 24, 12, 16), (5, 5), (2, 3), 1, "shift", torch.float32, "channels_last"),
+    "window_in_blocks": ((1, 20, 9, 14), (7, 3), (1, 2), 2, "shift", torch.float32, "contiguous"),
+    "float64": ((1, 6, 7, 9), (5, 3), (2, 1), 1, "mask", torch.float64, "contiguous"),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(ops):
+    return {name: local_attention(ops, *call) for name, call in CALLS.items()}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_orders_of_threads_and_blocks_agree_bit_for_bit(ops, expected, name):
+    assert not any(tensor.isnan().any() for tensor in expected[name])
+    for order, reverse_blocks in itertools.product(ORDERS, (False, True)):
+        with scheduled(ops, order, seed=17, reverse_blocks=reverse_blocks):
+            actual = local_attention(ops, *CALLS[name])
+        for a, b in zip(actual, expected[name], strict=True):
+            assert torch.equal(a, b), (order, reverse_blocks)
+
+
+@pytest.mark.parametrize("line", BARRIERS)
+def test_no_barrier_can_be_taken_out(ops, expected, line):
+    """Each __syncthreads() of the kernels in turn: without it, some order of threads gives another result or NaN."""
+    for name, order in itertools.product(("pushed_windows", "several_tiles"), ORDERS):
+        with scheduled(ops, order, seed=3, without_barrier=line):
+            actual = local_attention(ops, *CALLS[name])
+        if not all(torch.equal(a, b) for a, b in zip(actual, expected[name], strict=True)):
+            return
+    pytest.fail(f"{SOURCE.name}:{line} is not needed, or its lack is not seen")
+
+
+def test_the_kernels_have_barriers():
+    assert len(BARRIERS) >= 5
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "shared", "message"),
+    [
+        ((1, 65536, 1), (32, 1, 1), 0, "grid of 1 x 65536 x 1"),
+        ((1, 1, 65536), (32, 1, 1), 0, "grid of 1 x 1 x 65536"),
+        ((1, 1, 1), (1056, 1, 1), 0, "a block has 1056 threads"),
+        ((1, 1, 1), (33, 1, 1), 0, "a block has 33 threads"),
+        ((1, 1, 1), (32, 1, 1), (99 << 10) + 1, "bytes of shared memory"),
+    ],
+)
+def test_launch_limits(ops, grid, block, shared, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.probe_limits(torch.zeros(1), list(grid), list(block), shared)
+
+
+def test_a_launch_within_limits_runs_and_an_empty_one_is_none(ops):
+    ops.probe_limits(torch.zeros(1), [3, 2, 2], [32, 4, 8], 99 << 10)
+    ops.probe_limits(torch.zeros(1), [0, 1, 1], [32, 1, 1], 0)
+
+
+def test_vector_loads_assert_alignment(ops):
+    x = torch.zeros(64)
+    ops.probe_alignment(x, 4)
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        ops.probe_alignment(x, 1)
+
+
+def test_a_barrier_that_one_thread_skips_is_an_error(ops):
+    ops.probe_barrier(torch.zeros(1), False)
+    with pytest.raises(RuntimeError, match="not all threads reach"):
+        ops.probe_barrier(torch.zeros(1), True)
+
+
+def test_shared_memory_is_poisoned_for_every_block(ops):
+    seen = torch.zeros(3, 32)
+    ops.probe_shared(seen)
+    assert seen.isnan().all()
+
+
+def test_a_write_past_shared_memory_is_an_error(ops):
+    with pytest.raises(RuntimeError, match="past shared memory"):
+        ops.probe_overrun(torch.zeros(1), 256)

@@ -1,0 +1,36 @@
+"""The docstrings' examples run, and every public name has a docstring."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+
+import segops
+
+MODULES = [
+    name
+    for _, name, _ in pkgutil.walk_packages(segops.__path__, "segops.")
+    if not name.startswith(("segops.kernels", "segops._C", "segops.__main__"))
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"torch": torch, "segops": segops})
+    assert result.failed == 0
+
+
+def test_public_functions_and_modules_have_examples():
+    public = [getattr(segops, name) for name in segops.__all__ if inspect.isfunction(getattr(segops, name))]
+    public += [getattr(importlib.import_module("segops.nn"), n) for n in importlib.import_module("segops.nn").__all__]
+    for thing in public:
+        assert inspect.getdoc(thing), thing
+    operators = [segops.local_attention, segops.compat.na2d, *public[-2:]]
+    for thing in operators:
+        assert ">>>" in inspect.getdoc(thing), f"{thing.__name__} has no example"
