@@ -14,7 +14,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11: one binary serves it and everything newer
-CPU_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", STABLE_ABI]
+# Without -O3 and the -fno- flags, exp and the half conversions do not vectorise (up to 10x slower).
+CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+CPU_FLAGS += ["-std=c++20", "-fvisibility=hidden", "-Wall", STABLE_ABI]
 CUDA_ARCHS = "8.0;9.0+PTX"
 
 if int(setuptools.__version__.split(".")[0]) < 77:

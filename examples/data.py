@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,15 @@ class Classes:
     ignore_index: int
 
 
-class Folder(Sequence):
+class Pairs(Protocol):
+    """Images and their labels: image [H, W, 3] uint8 and label [H, W] of an integer dtype, sizes as they come."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Folder:
     """Pairs of image [H, W, 3] uint8 and label [H, W] int32, decoded on access; sizes may differ from pair to pair.
 
     Args:
@@ -150,9 +158,7 @@ class TrainingBatches(torch.utils.data.Dataset):
         seed: Any non-negative int.
     """
 
-    def __init__(
-        self, source: Sequence, steps: int, batch_size: int, crop: int, ignore_index: int, seed: int
-    ) -> None:
+    def __init__(self, source: Pairs, steps: int, batch_size: int, crop: int, ignore_index: int, seed: int) -> None:
         self.source, self.steps, self.batch_size = source, steps, batch_size
         self.crop, self.ignore_index, self.seed = crop, ignore_index, seed
 

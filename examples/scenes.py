@@ -1,8 +1,8 @@
-"""Made-up street scenes with exact labels, so that the example runs where no data is: deterministic in (seed, index)."""
+"""Made-up street scenes with exact labels, for machines without data: deterministic in (seed, index)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.random import Generator
@@ -21,7 +21,7 @@ CLASSES = {
 LABEL = {name: i for i, name in enumerate(CLASSES)}
 
 
-class Scenes(Sequence):
+class Scenes:
     """``count`` pairs of image [H, W, 3] uint8 and label [H, W] uint8, drawn on access.
 
     Args:
@@ -57,10 +57,10 @@ class _Street:
         self.sky()
         road = rng.uniform(-0.35, 0.1), rng.uniform(0.9, 1.35)  # where the kerbs meet the lower edge, in widths
         pavement = road[0] - rng.uniform(0.25, 0.6), road[1] + rng.uniform(0.25, 0.6)
-        self.ground(-9, 10, rng.integers(90, 130), "pavement")
+        self.ground(-9, 10, rng.uniform(90, 130), "pavement")
         self.buildings(pavement)
-        self.ground(*pavement, rng.integers(130, 190), "pavement")
-        self.ground(*road, rng.integers(60, 105), "road")
+        self.ground(*pavement, rng.uniform(130, 190), "pavement")
+        self.ground(*road, rng.uniform(60, 105), "road")
         self.markings(*road)
 
         things = []
@@ -85,7 +85,7 @@ class _Street:
     def colour(self, *rgb: float, spread: float = 12) -> tuple[int, ...]:
         return tuple(int(c) for c in np.clip(np.array(rgb) + self.rng.normal(0, spread, 3), 0, 255))
 
-    def polygon(self, points: Sequence, colour: tuple[int, ...], name: str) -> None:
+    def polygon(self, points: Iterable, colour: tuple[int, ...], name: str) -> None:
         points = [tuple(float(v) for v in point) for point in points]
         for pen, fill in zip(self.pens, (colour, LABEL[name]), strict=True):
             pen.polygon(points, fill=fill)
@@ -100,7 +100,7 @@ class _Street:
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
 
     def sky(self) -> None:
-        top, low = self.colour(120, 160, 215, spread=30), self.colour(215, 220, 225, spread=15)
+        top, low = self.colour(120, 160, 215, spread=20), self.colour(215, 220, 225, spread=15)
         rows = np.linspace(top, low, self.height).astype(np.uint8)
         self.image.paste(Image.fromarray(np.repeat(rows[:, None], self.width, 1)))
         for _ in range(self.rng.integers(5)):
@@ -116,7 +116,8 @@ class _Street:
     def markings(self, left: float, right: float) -> None:
         middle, white = (left + right) / 2, self.colour(215, 215, 205)
         for near in np.geomspace(0.06, 1.2, 12) * self.rng.uniform(0.8, 1.0):
-            ends = [(middle - 0.012, near), (middle + 0.012, near), (middle + 0.012, near * 1.15), (middle - 0.012, near * 1.15)]
+            left, right, far = middle - 0.012, middle + 0.012, near * 1.15
+            ends = (left, near), (right, near), (right, far), (left, far)
             self.polygon([self.at(*end) for end in ends], white, "road")
 
     def buildings(self, pavement: tuple[float, float]) -> None:
@@ -125,7 +126,7 @@ class _Street:
             while far < 1.5:
                 near = far * self.rng.uniform(1.25, 1.9)
                 if self.rng.random() < 0.85:
-                    self.facade(across, far, near, self.rng.uniform(0.25, 1.3))
+                    self.facade(across, far, near, self.rng.uniform(0.4, 1.8))
                 far = near
 
     def facade(self, across: float, far: float, near: float, storeys: float) -> None:
@@ -171,7 +172,8 @@ class _Street:
         height = nearness * self.height * self.rng.uniform(0.28, 0.34)
         width = height * self.rng.uniform(1.25, 1.5)
         x, y = foot
-        paint, glass, dark = self.colour(130, 110, 120, spread=70), self.colour(50, 58, 70), self.colour(25, 25, 28, spread=4)
+        paint, glass = self.colour(130, 110, 120, spread=70), self.colour(50, 58, 70)
+        dark = self.colour(25, 25, 28, spread=4)
         for side in (-1, 1):
             self.box(x + side * 0.36 * width, y, 0.18 * width, 0.3 * height, dark, "car")
         self.box(x, y - 0.12 * height, width, 0.48 * height, paint, "car")

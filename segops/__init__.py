@@ -6,7 +6,7 @@ call runs it (:func:`explain` says which, and why not the others), else the plai
 
 from __future__ import annotations
 
-from . import compat, ops, reference
+from . import compat, metrics, nn, ops, reference
 from ._dispatch import BackendError, explain, record, use_backend
 from ._info import info
 from .ops.local_attention import local_attention
@@ -19,6 +19,8 @@ __all__ = [
     "explain",
     "info",
     "local_attention",
+    "metrics",
+    "nn",
     "ops",
     "record",
     "reference",

@@ -111,9 +111,7 @@ class Op:
         OPS[name] = self
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-        torch.library.register_autograd(
-            f"segops::{self.name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"segops::{self.name}", backward, setup_context=setup_context, lib=_library)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the op if a backend accepts the call, else the reference: eager, differentiable, compiles."""
@@ -278,7 +276,7 @@ def kernels(name: str) -> ModuleType:
 def backend_names() -> list[str]:
     """Every name that ``use_backend`` takes."""
     names = {row.name for op in OPS.values() for rows in op.backends.values() for row in rows}
-    return sorted(names) + ["reference"]
+    return [*sorted(names), "reference"]
 
 
 @contextlib.contextmanager

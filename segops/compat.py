@@ -53,7 +53,6 @@ def na2d(
     if is_causal not in (False, (False, False)):
         raise ValueError(f"na2d: is_causal must be False, got {is_causal!r}")
     heads = query.shape[3]
-    maps = (x.flatten(3).permute(0, 3, 1, 2) for x in (query, key, value))
-    out = local_attention(*maps, kernel_size, dilation, num_heads=heads, scale=scale, border="shift")
-    assert isinstance(out, Tensor)
+    q, k, v = (x.flatten(3).permute(0, 3, 1, 2) for x in (query, key, value))
+    out = local_attention(q, k, v, kernel_size, dilation, num_heads=heads, scale=scale, border="shift")
     return out.permute(0, 2, 3, 1).unflatten(3, (heads, -1))

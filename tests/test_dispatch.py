@@ -62,7 +62,10 @@ def test_record_sees_forward_and_backward(tensors):
     assert [(call.op, call.backend) for call in log] == [("local_attention", "reference")]
     with segops.use_backend("cpu"), segops.record() as log:
         segops.local_attention(query, *tensors[1:], 3).sum().backward()
-    assert [(call.op, call.backend) for call in log] == [("local_attention", "cpu"), ("local_attention_backward", "cpu")]
+    assert [(call.op, call.backend) for call in log] == [
+        ("local_attention", "cpu"),
+        ("local_attention_backward", "cpu"),
+    ]
 
 
 def test_asked_for_by_name_it_runs_or_raises(tensors, rows):

@@ -77,7 +77,7 @@ def test_pure_python_install_runs_the_reference(tmp_path):
 
 
 def test_shipped_cpu_module_carries_no_foreign_instructions():
-    """Weak symbols compiled with wide instructions could be kept by the linker for every machine; our bodies are local."""
+    """The linker could keep a weak symbol with wide instructions for every machine: our bodies are local."""
     import shutil
 
     libraries = list((ROOT / "segops").glob("_C.*.so"))

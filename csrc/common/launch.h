@@ -1,6 +1,6 @@
-// How a kernel is launched, and its words for shared memory. Compiled by nvcc this is CUDA; compiled by g++ the words of
-// CUDA (threadIdx, __syncthreads, __shfl_xor_sync, ...) come from tests/emulation/emulator.h, which runs the same kernels
-// on the CPU.
+// How a kernel is launched, and its words for shared memory. Compiled by nvcc this is CUDA; compiled by g++ the words
+// of CUDA (threadIdx, __syncthreads, __shfl_xor_sync, ...) come from tests/emulation/emulator.h, which runs the same
+// kernels on the CPU.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

@@ -29,7 +29,8 @@ using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>
 template <typename T>
 __device__ __forceinline__ Accumulator<T> accumulator(T x, bool bfloat16) {
   if constexpr (std::is_same_v<T, Bits16>)
-    return bfloat16 ? __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{x.bits})) : __half2float(__half(__half_raw{x.bits}));
+    return bfloat16 ? __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{x.bits}))
+                    : __half2float(__half(__half_raw{x.bits}));
   else
     return x;
 }

@@ -10,14 +10,14 @@
 // All three kernels are made of two steps over a tile of one head: `dots`, products of a pixel's own channels with those
 // of every tap, and `mix`, sums of the taps' channels with weights. Pixels one dilation apart form a dense problem (a
 // phase) that shares nothing with the others. A tile is a rectangle of one row phase and, where pixels of a row are
-// consecutive in memory, of several column phases side by side; shared memory holds it with its halo, as floats (doubles),
-// `chunk` channels at a time. A thread owns a strip of P pixels below each other, so that a value read from shared memory
-// serves up to P taps, and keeps the products with all taps of a BH x BW window in registers; where d is long and
-// pixels are few, `split` neighbouring lanes share a strip and add up their channels. A larger window is visited in
-// several blocks of BH x BW taps: products are then computed again for each chunk of output channels, partial sums
+// consecutive in memory, of several column phases side by side; shared memory holds it with its halo, as floats or
+// doubles, `chunk` channels at a time. A thread owns a strip of P pixels below each other, so that a value read from
+// shared memory serves up to P taps, and keeps the products with all taps of a BH x BW window in registers; where d is
+// long and pixels are few, `split` neighbouring lanes share a strip and add up their channels. A larger window is visited
+// in several blocks of BH x BW taps: products are then computed again for each chunk of output channels, partial sums
 // waiting in shared memory. dk, dv gather: a key has the role of the pixel, queries that of the taps.
 //
-// Also considered: one thread per pixel without strips (bound by shared memory, 1 multiply-add per load against 2.5), and
+// Also considered: one thread per pixel without strips (bound by shared memory, 1 multiply-add per load against 2), and
 // 16-bit shared memory (halves its traffic, but the conversions then cost as many instructions as they save).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -37,9 +37,8 @@ using torch::stable::Tensor;
 
 enum class Pass { forward, query, key };
 
-// Two blocks per multiprocessor leave a thread 128 registers in forward and 168 in backward.
-template <Pass pass>
-inline constexpr int threads_limit = pass == Pass::forward ? 256 : 192;
+// Two blocks per multiprocessor leave a thread 168 registers.
+constexpr int threads_limit = 192;
 
 // What 16-byte accesses to a tensor run along.
 enum class Vectors { none, channels, columns };
@@ -71,12 +70,13 @@ struct Call {
 };
 
 // A P-pixel strip against a BH x BW window; with Exact the kernel is that window, else it is visited in such blocks.
-template <typename T_, int P_, int BH_, int BW_, bool Exact_>
+// With Alone a tile has one column phase, and the offsets of a row's taps are constants.
+template <typename T_, int P_, int BH_, int BW_, bool Exact_, bool Alone_>
 struct Shape {
   using T = T_;
   using A = Accumulator<T>;
   static constexpr int P = P_, BH = BH_, BW = BW_;
-  static constexpr bool Exact = Exact_;
+  static constexpr bool Exact = Exact_, Alone = Alone_;
 };
 
 template <typename S>
@@ -130,7 +130,7 @@ struct Block {
       return index;
     };
     tile_x = next(plan.tiles_x) * plan.tile_x;
-    column_phase = next(plan.column_groups) * plan.together;
+    column_phase = next(plan.column_groups) * together();
     tile_y = next(plan.tiles_y) * plan.tile_y;
     row_phase = next(plan.row_phases);
     head = next(plan.heads);
@@ -138,7 +138,7 @@ struct Block {
     length_y = phase_length(plan.h, row_phase, plan.dilation_h);
     tile = region(tile_y, tile_x, plan.tile_y, plan.tile_x, plan.own_pitch, plan.own_plane);
 
-    const int columns = plan.tile_x * plan.together, strip = threadIdx.x / plan.split;
+    const int columns = plan.tile_x * together(), strip = threadIdx.x / plan.split;
     share = threadIdx.x % plan.split;
     active = strip < columns * (plan.tile_y / P);
     row = active ? strip / columns * P : 0;
@@ -150,7 +150,7 @@ struct Block {
     if (gather && plan.border == Border::shift) {
       // Keys seen around u - taps stand in [taps - taps / 2, taps), around u + taps in [length - taps, ... + taps / 2);
       // lengths of column phases differ by one.
-      const int shortest = phase_length(plan.w, column_phase + plan.together - 1, plan.dilation_w);
+      const int shortest = phase_length(plan.w, column_phase + together() - 1, plan.dilation_w);
       const int longest = phase_length(plan.w, column_phase, plan.dilation_w);
       sides_y[0] = -overlap(tile_y, plan.tile_y, plan.kernel_h - plan.kernel_h / 2, plan.kernel_h);
       sides_x[0] = -overlap(tile_x, plan.tile_x, plan.kernel_w - plan.kernel_w / 2, plan.kernel_w);
@@ -165,6 +165,9 @@ struct Block {
     return start < to && from < start + size ? 1 : 0;
   }
 
+  // Distance of a row's taps in shared memory.
+  __device__ __forceinline__ int together() const { return S::Alone ? 1 : plan.together; }
+
   __device__ __forceinline__ int visits() const {
     return (sides_y[1] - sides_y[0] + 1) * (sides_x[1] - sides_x[0] + 1) * blocks_y * blocks_x;
   }
@@ -174,11 +177,11 @@ struct Block {
 
   __device__ __forceinline__ Region region(int y, int x, int rows, int positions, int pitch, int plane) const {
     int slack = 0;
-    if (plan.together == plan.dilation_w) {
+    if (together() == plan.dilation_w) {
       constexpr int64_t V = vector_length<T>;
       slack = static_cast<int>(((int64_t(x) * plan.dilation_w) % V + V) % V);
     }
-    return {y, x, rows, positions * plan.together, pitch, plane, slack};
+    return {y, x, rows, positions * together(), pitch, plane, slack};
   }
 
   __device__ __forceinline__ Visit visit(int index) const {
@@ -195,8 +198,8 @@ struct Block {
     v.halo = region(y, x, plan.tile_y + BH - 1, plan.tile_x + BW - 1, plan.halo_pitch, plan.halo_plane);
     v.taps_y = S::Exact ? BH : plan.kernel_h - first_y;
     v.taps_x = S::Exact ? BW : plan.kernel_w - first_x;
-    const int position = column / plan.together;
-    const int length_x = phase_length(plan.w, column_phase + column % plan.together, plan.dilation_w);
+    const int position = column / together();
+    const int length_x = phase_length(plan.w, column_phase + column % together(), plan.dilation_w);
     v.rows = v.columns = v.centres = 0;
     SEGOPS_UNROLL for (int r = 0; r < P + BH - 1; ++r)
       v.rows |= unsigned(tap_position(y + row + r, length_y, 1, Border::zero) >= 0) << r;
@@ -218,10 +221,10 @@ struct Block {
 
   // The pixel column that column `index` of a region reads, -1: none.
   __device__ __forceinline__ int pixel_x(const Region& r, int index, Border border) const {
-    const int phase = column_phase + index % plan.together;
+    const int phase = column_phase + index % together();
     if (phase >= plan.dilation_w) return -1;
     const int length = phase_length(plan.w, phase, plan.dilation_w);
-    const int position = tap_position(r.x + index / plan.together, length, plan.kernel_w, border);
+    const int position = tap_position(r.x + index / together(), length, plan.kernel_w, border);
     return position < 0 ? -1 : position * plan.dilation_w + phase;
   }
   __device__ __forceinline__ int pixel_y(const Region& r, int index, Border border) const {
@@ -235,8 +238,8 @@ struct Block {
     return active && y >= 0 && x >= 0;
   }
 
-  // Calls wide(y, x, at) or single(y, x, at) for everything in a region, `at` its place in a plane of shared memory; y or
-  // x is -1 outside the map, where only single() is called. A row's vectors may reach `beyond` the region if that is read.
+  // Calls wide(y, x, at) or single(y, x, at) for everything in a region, `at` its place in a plane of shared memory; y
+  // or x is -1 outside the map, where only single() is called. A row's vectors may reach `beyond` a region that is read.
   template <typename Wide, typename Single>
   __device__ __forceinline__ void for_region(const Region& r, Vectors along, Border border, bool beyond, Wide wide,
                                              Single single) const {
@@ -357,7 +360,7 @@ struct Block {
           if (!S::Exact && j >= v.taps_x) break;
           A y[P + BH - 1];
           SEGOPS_UNROLL for (int r = 0; r < P + BH - 1; ++r)
-            y[r] = b[c * plan.halo_plane + r * plan.halo_pitch + j * plan.together];
+            y[r] = b[c * plan.halo_plane + r * plan.halo_pitch + j * together()];
           SEGOPS_UNROLL for (int i = 0; i < BH; ++i)
             if (S::Exact || i < v.taps_y)
               SEGOPS_UNROLL for (int p = 0; p < P; ++p) w.at[p][i][j] += x[p] * y[p + i];
@@ -387,7 +390,7 @@ struct Block {
         if (!S::Exact && j >= v.taps_x) break;
         A y[P + BH - 1];
         SEGOPS_UNROLL for (int r = 0; r < P + BH - 1; ++r)
-          y[r] = b[c * plan.halo_plane + r * plan.halo_pitch + j * plan.together];
+          y[r] = b[c * plan.halo_plane + r * plan.halo_pitch + j * together()];
         SEGOPS_UNROLL for (int i = 0; i < BH; ++i)
           if (S::Exact || i < v.taps_y)
             SEGOPS_UNROLL for (int p = 0; p < P; ++p) sum[p] += w.at[p][i][j] * y[p + i];
@@ -425,7 +428,8 @@ struct Block {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(threads_limit<Pass::forward>, 2) forward_kernel(const __grid_constant__ Call<typename S::T> call) {
+__global__ void __launch_bounds__(threads_limit, 2)
+    forward_kernel(const __grid_constant__ Call<typename S::T> call) {
   using A = typename S::A;
   const Block<S> block(call.plan, false);
   const Plan& plan = call.plan;
@@ -465,7 +469,8 @@ __global__ void __launch_bounds__(threads_limit<Pass::forward>, 2) forward_kerne
 
 // grad_query, and delta for the next kernel.
 template <typename S>
-__global__ void __launch_bounds__(threads_limit<Pass::query>, 2) query_kernel(const __grid_constant__ Call<typename S::T> call) {
+__global__ void __launch_bounds__(threads_limit, 2)
+    query_kernel(const __grid_constant__ Call<typename S::T> call) {
   using A = typename S::A;
   const Block<S> block(call.plan, false);
   const Plan& plan = call.plan;
@@ -503,7 +508,8 @@ __global__ void __launch_bounds__(threads_limit<Pass::query>, 2) query_kernel(co
 
 // grad_key and grad_value: the pixel is a key, the taps are the queries that see it.
 template <typename S>
-__global__ void __launch_bounds__(threads_limit<Pass::key>, 2) key_kernel(const __grid_constant__ Call<typename S::T> call) {
+__global__ void __launch_bounds__(threads_limit, 2)
+    key_kernel(const __grid_constant__ Call<typename S::T> call) {
   using A = typename S::A;
   const Block<S> block(call.plan, true);
   const Plan& plan = call.plan;
@@ -526,7 +532,7 @@ __global__ void __launch_bounds__(threads_limit<Pass::key>, 2) key_kernel(const 
         __syncthreads();
         const int at = block.row * plan.halo_pitch + visit.halo.slack + block.column;
         for_weights<S>([&](int p, int i, int j) {
-          const int tap = at + (p + i) * plan.halo_pitch + j * plan.together;
+          const int tap = at + (p + i) * plan.halo_pitch + j * block.together();
           const bool sees = block.exists(visit, i, j) && block.inside(visit, p, i, j) && (visit.centres >> p & 1);
           const A logit = a.at[p][i][j] * static_cast<A>(plan.scale);
           a.at[p][i][j] = sees ? exponential(logit - lse[tap]) : A(0);
@@ -556,22 +562,25 @@ View<T> view(const Tensor& t, const Plan* plan = nullptr, int channels = 0) {
   return v;
 }
 
+// Column phases side by side make whole rows of pixels, which is how they lie in memory unless channels do.
+bool rows_of_pixels(const Tensor& query, const Plan& p) { return query.stride(1) != 1 && p.dilation_w > 1; }
+
 // Fills in the tile; returns the bytes of shared memory. The numbers aim at an H200: about 64 KB of shared memory, of
-// which a multiprocessor has three times that, and blocks enough for its 132 multiprocessors before tiles grow beyond 8 x 8.
+// which a multiprocessor has three times that, and tiles down to 8 x 8 until there are two blocks for each of the 132.
 template <typename S, Pass pass>
-std::size_t plan_tile(Plan& p, int64_t images, bool rows_of_pixels, int planes_of_sums, unsigned& blocks,
+std::size_t plan_tile(Plan& p, int64_t images, bool rows, int planes_of_sums, unsigned& blocks,
                       unsigned& threads) {
   using A = typename S::A;
   constexpr int V = vector_length<typename S::T>;
   const int length_y = phase_length(p.h, 0, p.dilation_h), length_x = phase_length(p.w, 0, p.dilation_w);
-  p.together = rows_of_pixels ? std::min(p.dilation_w, 16) : 1;
+  p.together = rows ? std::min(p.dilation_w, 16) : 1;
   p.row_phases = std::min(p.dilation_h, p.h);
   p.column_groups = ceil_div(std::min(p.dilation_w, p.w), p.together);
-  int most_y = 24, most_x = std::max(1, (rows_of_pixels ? 48 : 24) / p.together);
+  int most_y = 24, most_x = std::max(1, (rows ? 48 : 24) / p.together);
   const auto fit = [&] {
     p.tiles_x = ceil_div(length_x, most_x);
     p.tile_x = ceil_div(length_x, p.tiles_x);
-    most_y = std::min(most_y, threads_limit<pass> / (p.tile_x * p.together) * S::P);
+    most_y = std::min(most_y, threads_limit / (p.tile_x * p.together) * S::P);
     p.tiles_y = ceil_div(length_y, most_y);
     p.tile_y = round_up(ceil_div(length_y, p.tiles_y), S::P);
     return images * p.heads * p.row_phases * p.column_groups * int64_t(p.tiles_y) * p.tiles_x;
@@ -585,7 +594,7 @@ std::size_t plan_tile(Plan& p, int64_t images, bool rows_of_pixels, int planes_o
   STD_TORCH_CHECK(count <= max_grid_x, "segops.local_attention: ", count, " tiles are more than a launch takes");
   const int strips = p.tile_y / S::P * p.tile_x * p.together, longest = std::max(p.d, p.dv);
   p.split = 1;
-  while (p.split < 16 && p.split < longest && strips * p.split * 2 <= threads_limit<pass> && count * strips * p.split < 65536)
+  while (p.split < 16 && p.split < longest && strips * p.split * 2 <= threads_limit && count * strips * p.split < 65536)
     p.split *= 2;
   // Lanes that share a strip read different planes: a plane's length spreads them over the banks.
   const auto plane = [&](int rows, int columns, int& pitch) {
@@ -597,7 +606,7 @@ std::size_t plan_tile(Plan& p, int64_t images, bool rows_of_pixels, int planes_o
   p.own_plane = plane(p.tile_y, p.tile_x, p.own_pitch);
   const int per_channel = (p.halo_plane + (1 + planes_of_sums) * p.own_plane) * sizeof(A);
   const int numbers = pass == Pass::key ? 2 * p.halo_plane * sizeof(A) : 0;
-  p.chunk = std::clamp((64 * 1024 - numbers) / per_channel, rows_of_pixels ? 1 : V, round_up(longest, V));
+  p.chunk = std::clamp((64 * 1024 - numbers) / per_channel, rows ? 1 : V, round_up(longest, V));
   if (p.chunk >= V) p.chunk -= p.chunk % V;
   blocks = static_cast<unsigned>(count);
   threads = round_up(strips * p.split, 32);
@@ -617,7 +626,7 @@ void launch_pass(Plan p, const Arguments& a) {
   const bool blocked = p.kernel_h > S::BH || p.kernel_w > S::BW;
   const bool pushed = pass == Pass::key && p.border == Border::shift;
   unsigned blocks = 0, threads = 0;
-  const std::size_t shared = plan_tile<S, pass>(p, a.query.size(0), a.query.stride(1) != 1,
+  const std::size_t shared = plan_tile<S, pass>(p, a.query.size(0), rows_of_pixels(a.query, p),
                                                 blocked || pushed ? (pass == Pass::key ? 2 : 1) : 0, blocks, threads);
   Call<T> call{p};
   call.query = view<T>(a.query, &p, p.d), call.key = view<T>(a.key, &p, p.d), call.value = view<T>(a.value, &p, p.dv);
@@ -637,10 +646,15 @@ void launch_pass(Plan p, const Arguments& a) {
 // Strips are as long as the registers allow: P * taps sums, twice that in backward.
 template <typename T, Pass pass>
 void launch_window(const Plan& p, const Arguments& a) {
-  constexpr bool forward = pass == Pass::forward;
-  if constexpr (std::is_same_v<T, double>) launch_pass<Shape<T, forward ? 2 : 1, 3, 3, false>, pass>(p, a);
-  else if (p.kernel_h == 5 && p.kernel_w == 5) launch_pass<Shape<T, forward ? 3 : 2, 5, 5, true>, pass>(p, a);
-  else launch_pass<Shape<T, forward ? 3 : 2, 3, 5, false>, pass>(p, a);
+  constexpr int P = pass == Pass::forward ? 3 : 2;
+  if constexpr (std::is_same_v<T, double>)
+    launch_pass<Shape<T, P - 1, 3, 3, false, false>, pass>(p, a);
+  else if (p.kernel_h != 5 || p.kernel_w != 5)
+    launch_pass<Shape<T, P, 3, 5, false, false>, pass>(p, a);
+  else if (rows_of_pixels(a.query, p))
+    launch_pass<Shape<T, P, 5, 5, true, false>, pass>(p, a);
+  else
+    launch_pass<Shape<T, P, 5, 5, true, true>, pass>(p, a);
 }
 
 Plan plan_of(const Arguments& a, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& dilation,

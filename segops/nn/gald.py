@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +129,7 @@ class LocalDistributionV2(nn.Module):
         source = {"global": x_global, "local": x_local}
         if "concat" in (self.query_from, self.key_from, self.value_from):
             source["concat"] = torch.cat([x_global, x_local], 1)
-        attended = local_attention(
+        y = local_attention(
             self.query(source[self.query_from]),
             self.key(source[self.key_from]),
             self.value(source[self.value_from]),
@@ -140,7 +139,6 @@ class LocalDistributionV2(nn.Module):
             scale=self.scale,
             border=self.border,
         )
-        y = cast(Tensor, attended)  # without return_lse
         return torch.cat([y, x_local], 1) if self.concat_local else y
 
     def extra_repr(self) -> str:

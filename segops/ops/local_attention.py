@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,51 @@ from ..reference.local_attention import local_attention as reference
 __all__ = ["local_attention"]
 
 BORDERS = ("zero", "mask", "shift")
+
+
+@overload
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    *,
+    num_heads: int = 1,
+    scale: float | None = None,
+    border: str = "zero",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    *,
+    num_heads: int = 1,
+    scale: float | None = None,
+    border: str = "zero",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    *,
+    num_heads: int = 1,
+    scale: float | None = None,
+    border: str = "zero",
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def local_attention(
@@ -56,9 +101,9 @@ def local_attention(
             kernel_size * dilation larger than the map.
         TypeError: dtypes that differ, or are not floating-point.
 
-    Gradients reach query, key and value. Forward and backward use no atomics and give the same bits on every run; sums run
-    in float32 (float64 for float64). Backends: C++ (CPU), Triton and CUDA C++ (GPU); ``segops.explain`` says which.
-    Under autocast the inputs are cast to the autocast dtype.
+    Gradients reach query, key and value. Forward and backward use no atomics and give the same bits on every run;
+    sums run in float32 (float64 for float64). Backends: C++ (CPU), Triton and CUDA C++ (GPU); ``segops.explain`` says
+    which. Under autocast the inputs are cast to the autocast dtype.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 64, 33, 47).unbind()
@@ -218,9 +263,7 @@ def _triton_forward(query, key, value, *window):
 
 def _triton_backward(grad_out, grad_lse, query, key, value, out, lse, *window):
     gradients = _empty_gradients(query, key, value)
-    _dispatch.kernels("local_attention").backward(
-        *gradients, grad_out, grad_lse, query, key, value, out, lse, *window
-    )
+    _dispatch.kernels("local_attention").backward(*gradients, grad_out, grad_lse, query, key, value, out, lse, *window)
     return gradients
 
 

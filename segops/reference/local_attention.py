@@ -5,8 +5,8 @@
     lse(p)  = log sum_n exp S(p, n)
 
 offset_n runs over dilation * (i - kernel_size // 2) per axis. What stands outside the map is decided by ``border``:
-``"zero"`` a tap with logit 0 and value 0, ``"mask"`` no tap, ``"shift"`` the tap that a window pushed back inside the map
-has instead.
+``"zero"`` a tap with logit 0 and value 0, ``"mask"`` no tap, ``"shift"`` the tap that a window pushed back inside the
+map has instead.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _wrapped(length: int, pad: int, period: int, device: torch.device) -> Tensor
     return torch.where(position >= length, position - period, position)
 
 
-def _sample(name: str, shape: tuple[int, int, int, int], d_v: int | None = None, tiny: bool = False, **kwargs) -> Sample:
+def _sample(name: str, shape: tuple[int, int, int, int], d_v: int = 0, tiny: bool = False, **kwargs) -> Sample:
     n, c, h, w = shape
     value = (n, kwargs.get("num_heads", 1) * d_v if d_v else c, h, w)
     kwargs.setdefault("return_lse", True)
@@ -76,7 +76,9 @@ def sample_inputs() -> list[Sample]:
     """Edges first: one pixel, primes, maps smaller than the window, one past every block size, widths that differ."""
     return [
         _sample("one_pixel", (2, 3, 1, 1), tiny=True, kernel_size=3, dilation=2, num_heads=3, scale=0.7),
-        _sample("prime_sizes", (2, 6, 5, 7), tiny=True, kernel_size=3, dilation=2, num_heads=2, scale=0.6, return_lse=False),
+        _sample(
+            "prime_sizes", (2, 6, 5, 7), tiny=True, kernel_size=3, dilation=2, num_heads=2, scale=0.6, return_lse=False
+        ),
         _sample("smaller_than_window", (1, 4, 3, 5), tiny=True, kernel_size=(5, 7), dilation=(3, 2), scale=0.9),
         _sample("value_wider", (2, 4, 4, 6), d_v=5, tiny=True, kernel_size=3, num_heads=2, dilation=(1, 2)),
         _sample("value_narrower", (1, 6, 6, 3), d_v=1, tiny=True, kernel_size=(3, 1), num_heads=2, dilation=(2, 3)),

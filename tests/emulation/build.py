@@ -18,7 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulation"
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), Path(__file__).with_name("library.cpp")]
-HEADERS = [*sorted((ROOT / "csrc").rglob("*.h")), *sorted(Path(__file__).parent.glob("*.h"))]
+HEADERS = [ROOT / "csrc" / "schemas.h", *sorted((ROOT / "csrc" / "common").glob("*.h"))]
+HEADERS += sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = [
     "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-DSEGOPS_NAMESPACE=segops_emulated", "-DSEGOPS_CUDA_KEY=CPU",

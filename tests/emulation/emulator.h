@@ -1,7 +1,7 @@
-// The CUDA words that the kernels use, on a CPU: blocks one after the other, a fiber per thread, barriers and shuffles as
-// points where a fiber yields. Made so that a wrong kernel shows: threads and blocks run in a chosen order, shared memory
-// starts as NaN in every block, a barrier that some threads do not reach is an error, so is a write past shared memory,
-// and any one barrier can be taken out.
+// The CUDA words that the kernels use, on a CPU: blocks one after the other, a fiber per thread, barriers and shuffles
+// as points where a fiber yields. Made so that a wrong kernel shows: threads and blocks run in a chosen order, shared
+// memory starts as NaN in every block, a barrier that some threads do not reach is an error, so is a write past shared
+// memory, and any one barrier can be taken out.
 //
 // Not for inline PTX, asynchronous copies or tensor cores.
 #pragma once

@@ -23,7 +23,8 @@ class Lane:
     backend: str
     device: str = "cpu"
     isa: str | None = None
-    slow: bool = False  # interpreted or emulated: small samples only
+    slow: bool = False  # interpreted or emulated
+    largest: int = 1 << 62  # elements of a sample's inputs, at most
 
     def missing(self) -> str | None:
         """Why the lane cannot run here."""
@@ -74,7 +75,7 @@ LANES = [
     Lane("cpu-base", "cpu", isa="base"),
     Lane("cpu-avx2", "cpu", isa="avx2"),
     Lane("cpu-avx512", "cpu", isa="avx512"),
-    Lane("triton-interpret", "triton-interpret", slow=True),
+    Lane("triton-interpret", "triton-interpret", slow=True, largest=40_000),
     Lane("cuda-emulated", "cuda-emulated", slow=True),
     Lane("triton", "triton", device="cuda"),
     Lane("cuda", "cuda", device="cuda"),
