@@ -1,4 +1,4 @@
-"""What a compiled GPU object says about itself: resources, machine code, width of loads, mix of the hottest loop, occupancy.
+"""What a compiled GPU object says about itself: resources, code, width of loads, mix of the hottest loop, occupancy.
 
 NVIDIA objects are read with the cuobjdump that Triton ships; it takes Triton's cubins and nvcc's objects alike.
 """
@@ -67,7 +67,7 @@ def sass(path: str | Path) -> dict[str, list[Instruction]]:
     for line in _cuobjdump("-sass", path).splitlines():
         if "Function :" in line:
             current = kernels.setdefault(line.split("Function :")[1].strip(), [])
-        elif match := _LINE.match(line):
+        elif (match := _LINE.match(line)) and match[2] != "NOP":
             current.append(Instruction(int(match[1], 16), match[2], match[3].strip()))
     return kernels
 

@@ -16,12 +16,10 @@
 #ifdef __CUDACC__
 #define SEGOPS_UNROLL _Pragma("unroll")
 #define SEGOPS_UNROLL_2 _Pragma("unroll 2")
-#define SEGOPS_NO_UNROLL _Pragma("unroll 1")
 #else
 #include "emulator.h"
 #define SEGOPS_UNROLL _Pragma("GCC unroll 16")
 #define SEGOPS_UNROLL_2
-#define SEGOPS_NO_UNROLL
 #endif
 
 namespace segops {

@@ -9,9 +9,10 @@
 // unit of work is a stretch of one such phase. A row is converted and padded once, into a planar [channel][pixel] ring
 // of the rows the window needs, which absorbs dtype, strides and all three border rules; the inner loops then see only
 // float (or double) rows with the pixels in vectors, five taps by four vectors of sums in registers. They are bound by
-// unaligned loads (one per multiply-add), not by memory. Backward gathers: a key row sums over the query rows that see
-// it in ascending order, so the result does not depend on how the work is split. Also tried: pixels one row at a time
-// without the ring (unaligned and converted again for each of the kernel_h uses).
+// unaligned loads (one per multiply-add) and by the latency of fetching each row. Backward gathers: a key row sums over
+// the query rows that see it in ascending order, so the result does not depend on how the work is split. Also tried:
+// pairs of query rows sharing each load of a key (no faster: the loads saved return as work per pair), fetching ahead a
+// few lines at a time between passes (slower), huge pages for the outputs (faster once warm, three times slower cold).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -78,7 +79,6 @@ void run(const Problem& p, bool backward) {
 void local_attention(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key, const Tensor& value,
                      std::vector<int64_t> kernel_size, std::vector<int64_t> dilation, int64_t num_heads, double scale,
                      int64_t border) {
-  advise_huge_pages(out);
   run(problem(query, key, value, out, lse, kernel_size, dilation, num_heads, scale, border), false);
 }
 
@@ -91,7 +91,6 @@ void local_attention_backward(const Tensor& grad_query, const Tensor& grad_key, 
   p.grad_out = Strided(grad_out);
   if (grad_lse) p.grad_lse = Strided(*grad_lse);
   p.grad_query = Strided(grad_query), p.grad_key = Strided(grad_key), p.grad_value = Strided(grad_value);
-  for (const Tensor* gradient : {&grad_query, &grad_key, &grad_value}) advise_huge_pages(*gradient);
   run(p, true);
 }
 

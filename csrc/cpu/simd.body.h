@@ -39,16 +39,6 @@ template <typename A>
   *reinterpret_cast<typename Simd<A>::loose*>(p) = v;
 }
 
-// A vector that several sums use: loaded once into a register, where the compiler would fold the load into each use.
-template <typename A>
-[[gnu::always_inline]] inline Vec<A> load_once(const A* p) {
-  Vec<A> v = load(p);
-#if SEGOPS_X86_ISAS
-  asm("" : "+v"(v));
-#endif
-  return v;
-}
-
 // exp(x) for x below about 80; 0 below exp_min, NaN for NaN. Taylor series on |r| <= ln(2) / 2: within 2 ulp.
 template <typename A>
 [[gnu::always_inline]] inline Vec<A> vexp(Vec<A> x) {

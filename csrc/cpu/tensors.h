@@ -5,10 +5,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -36,19 +32,6 @@ struct Strided {
   explicit Strided(const torch::stable::Tensor& t)
       : data(t.data_ptr()), n(t.stride(0)), c(t.stride(1)), y(t.stride(2)), x(t.stride(3)) {}
 };
-
-// Fresh large outputs are written page by page for the first time: in 2 MiB pages that costs a tenth of the faults.
-inline void advise_huge_pages(const torch::stable::Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr std::uintptr_t page = 2 << 20;
-  const auto begin = reinterpret_cast<std::uintptr_t>(t.data_ptr());
-  const auto first = (begin + 4095) & ~std::uintptr_t(4095);
-  const auto last = (begin + static_cast<std::uintptr_t>(t.numel()) * t.element_size()) & ~std::uintptr_t(4095);
-  if (last > first + 2 * page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
-}
 
 // One worker's memory. A worker that gets none raises the flag and returns: an exception inside parallel_for would lose
 // its message.

@@ -7,18 +7,19 @@
 //
 // query, key [N, heads * d, H, W], value, out [N, heads * d_v, H, W], lse [N, heads, H, W], any strides.
 //
-// All three kernels are made of two steps over a tile of one head: `dots`, products of a pixel's own channels with those
-// of every tap, and `mix`, sums of the taps' channels with weights. Pixels one dilation apart form a dense problem (a
-// phase) that shares nothing with the others. A tile is a rectangle of one row phase and, where pixels of a row are
-// consecutive in memory, of several column phases side by side; shared memory holds it with its halo, as floats or
-// doubles, `chunk` channels at a time. A thread owns a strip of P pixels below each other, so that a value read from
-// shared memory serves up to P taps, and keeps the products with all taps of a BH x BW window in registers; where d is
-// long and pixels are few, `split` neighbouring lanes share a strip and add up their channels. A larger window is visited
-// in several blocks of BH x BW taps: products are then computed again for each chunk of output channels, partial sums
-// waiting in shared memory. dk, dv gather: a key has the role of the pixel, queries that of the taps.
+// All three kernels are made of two steps over a tile of one head: `dots`, products of a pixel's own channels with
+// those of every tap, and `mix`, sums of the taps' channels with weights. Pixels one dilation apart form a dense
+// problem (a phase) that shares nothing with the others. A tile is a rectangle of one row phase and, where pixels of
+// a row are consecutive in memory, of several column phases side by side; shared memory holds it with its halo, as
+// floats or doubles, `chunk` channels at a time. A thread owns a strip of P pixels below each other, so that a value
+// read from shared memory serves up to P taps, and keeps the products with all taps of a BH x BW window in
+// registers; where d is long and pixels are few, `split` neighbouring lanes share a strip and add up their channels.
+// A larger window is visited in several blocks of BH x BW taps: products are then computed again for each chunk of
+// output channels, partial sums waiting in shared memory. dk, dv gather: a key has the role of the pixel, queries
+// that of the taps.
 //
-// Also considered: one thread per pixel without strips (bound by shared memory, 1 multiply-add per load against 2), and
-// 16-bit shared memory (halves its traffic, but the conversions then cost as many instructions as they save).
+// Also considered: one thread per pixel without strips (bound by shared memory, 1 multiply-add per load against 2),
+// and 16-bit shared memory (halves its traffic, but the conversions then cost as many instructions as they save).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -238,8 +239,9 @@ struct Block {
     return active && y >= 0 && x >= 0;
   }
 
-  // Calls wide(y, x, at) or single(y, x, at) for everything in a region, `at` its place in a plane of shared memory; y
-  // or x is -1 outside the map, where only single() is called. A row's vectors may reach `beyond` a region that is read.
+  // Calls wide(y, x, at) or single(y, x, at) for everything in a region, `at` its place in a plane of shared memory;
+  // y or x is -1 outside the map, where only single() is called. A row's vectors may reach `beyond` a region that is
+  // read.
   template <typename Wide, typename Single>
   __device__ __forceinline__ void for_region(const Region& r, Vectors along, Border border, bool beyond, Wide wide,
                                              Single single) const {
@@ -330,15 +332,6 @@ struct Block {
         });
   }
 
-  __device__ __forceinline__ static Region chosen(bool a, const Region& x, const Region& y) {
-    return {a ? x.y : y.y, a ? x.x : y.x, a ? x.rows : y.rows, a ? x.columns : y.columns, a ? x.pitch : y.pitch,
-            a ? x.plane : y.plane, a ? x.slack : y.slack};
-  }
-  __device__ __forceinline__ static View<T> chosen(bool a, const View<T>& x, const View<T>& y) {
-    return {a ? x.data : y.data, a ? x.n : y.n, a ? x.c : y.c, a ? x.y : y.y, a ? x.x : y.x,
-            a ? x.vectors : y.vectors, a ? x.bfloat16 : y.bfloat16};
-  }
-
   // w(p, n) = <mine(p), theirs(p + off_n)> for the taps of a visit.
   __device__ __forceinline__ void dots(Weights<S>& w, const View<T>& mine, const View<T>& theirs, int channels,
                                        const Visit& v, Border border) const {
@@ -346,10 +339,8 @@ struct Block {
     for (int first = 0; first < channels; first += plan.chunk) {
       const int count = channels - first < plan.chunk ? channels - first : plan.chunk;
       __syncthreads();  // nobody reads what the last step left
-      // One loop, since what it would unroll to is long. Chosen field by field: an address would move them to memory.
-      SEGOPS_NO_UNROLL for (int i = 0; i < 2; ++i)
-        stage(i ? halo : own, chosen(i, v.halo, tile), chosen(i, theirs, mine), channels, first, count,
-              i ? border : Border::zero);
+      stage(own, tile, mine, channels, first, count, Border::zero);
+      stage(halo, v.halo, theirs, channels, first, count, border);
       __syncthreads();
       const A* a = own + row * plan.own_pitch + tile.slack + column;
       const A* b = halo + row * plan.halo_pitch + v.halo.slack + column;
@@ -476,12 +467,12 @@ __global__ void __launch_bounds__(threads_limit, 2)
   const Plan& plan = call.plan;
   const int visits = block.visits();
   Weights<S> a, ds;
-  A lse[S::P], delta[S::P];
-  SEGOPS_UNROLL for (int p = 0; p < S::P; ++p)
-    lse[p] = block.number(call.lse, p), delta[p] = -block.number(call.grad_lse, p);
+  A delta[S::P] = {};
   const auto products = [&](const auto& visit) {
     block.dots(a, call.query, call.key, plan.d, visit, plan.border);
     block.logits(a, visit);
+    A lse[S::P];  // read here: it would not fit into registers beside the products
+    SEGOPS_UNROLL for (int p = 0; p < S::P; ++p) lse[p] = block.number(call.lse, p);
     for_weights<S>([&](int p, int i, int j) { a.at[p][i][j] = exponential(a.at[p][i][j] - lse[p]); });
     block.dots(ds, call.grad_out, call.value, plan.dv, visit, plan.border);
   };
@@ -489,15 +480,20 @@ __global__ void __launch_bounds__(threads_limit, 2)
   const auto add_to_delta = [&] {
     for_weights<S>([&](int p, int i, int j) { delta[p] += a.at[p][i][j] * ds.at[p][i][j]; });
   };
-  if (!S::Exact && visits > 1)
+  const auto finish_delta = [&] {
+    SEGOPS_UNROLL for (int p = 0; p < S::P; ++p) delta[p] -= block.number(call.grad_lse, p);
+  };
+  if (!S::Exact && visits > 1) {
     for (int i = 0; i < visits; ++i) products(block.visit(i)), add_to_delta();
+    finish_delta();
+  }
   A* sums = visits > 1 ? block.sums(0) : block.own;
   for (int first = 0; first < plan.d; first += plan.chunk)
     for (int i = 0; i < visits; ++i) {
       const auto visit = block.visit(i);
       if (first == 0 || (!S::Exact && visits > 1)) {
         products(visit);
-        if (S::Exact || visits == 1) add_to_delta();
+        if (S::Exact || visits == 1) add_to_delta(), finish_delta();
         for_weights<S>([&](int p, int i, int j) { ds.at[p][i][j] = a.at[p][i][j] * (ds.at[p][i][j] - delta[p]); });
       }
       block.mix(sums, ds, static_cast<A>(plan.scale), call.key, call.grad_query, plan.d, first, visit, plan.border,
@@ -586,9 +582,10 @@ std::size_t plan_tile(Plan& p, int64_t images, bool rows, int planes_of_sums, un
     return images * p.heads * p.row_phases * p.column_groups * int64_t(p.tiles_y) * p.tiles_x;
   };
   int64_t count = fit();
-  while (count < 264 && (most_y > 8 || most_x * p.together > 8)) {
-    const bool shrink_y = most_y > 8 && (p.tile_y >= p.tile_x || most_x * p.together <= 8);
-    shrink_y ? most_y = std::max(8, most_y / 2) : most_x = std::max(1, most_x / 2);
+  const int least_y = 8, least_x = std::max(1, 8 / p.together);
+  while (count < 264 && (most_y > least_y || most_x > least_x)) {
+    const bool shrink_y = most_y > least_y && (p.tile_y >= p.tile_x || most_x <= least_x);
+    shrink_y ? most_y = std::max(least_y, most_y / 2) : most_x = std::max(least_x, most_x / 2);
     count = fit();
   }
   STD_TORCH_CHECK(count <= max_grid_x, "segops.local_attention: ", count, " tiles are more than a launch takes");

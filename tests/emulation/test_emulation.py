@@ -62,6 +62,7 @@ CALLS = {
     "several_tiles": ((1, 16, 30, 61), (5, 5), (1, 1), 1, "zero", torch.bfloat16, "channels_last"),
     "rows_of_pixels": ((2, 8, 9, 40), (5, 5), (2, 3), 2, "mask", torch.float16, "contiguous"),
     "pushed_windows": ((1, 24, 12, 16), (5, 5), (2, 3), 1, "shift", torch.float32, "channels_last"),
+    "groups_of_column_phases": ((1, 3, 9, 40), (5, 5), (3, 17), 1, "zero", torch.float32, "contiguous"),
     "window_in_blocks": ((1, 20, 9, 14), (7, 3), (1, 2), 2, "shift", torch.float32, "contiguous"),
     "float64": ((1, 6, 7, 9), (5, 3), (2, 1), 1, "mask", torch.float64, "contiguous"),
 }
