@@ -58,8 +58,10 @@ if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
 step battery 150 "$python" -m pytest tests/ops -q --durations=10 "${workers[@]}" \
   -k "(cuda or triton) and not emulated and not interpret and not aot"
 
-step benchmarks 200 "$python" -m pytest benchmarks/bench_*.py -q --device=cuda --rounds=10 --budget=0.3 \
-  --benchmark-json="$out/benchmarks.json"
+# The shape of the gates and the scaling series first: should time run out, they are whole.
+measure=("$python" -m pytest benchmarks/bench_*.py -q --device=cuda --rounds=10 --budget=0.3)
+step benchmarks 150 "${measure[@]}" -k "ldv2_128 or scaling" --benchmark-json="$out/benchmarks.json"
+step more 90 "${measure[@]}" -k "not ldv2_128 and not scaling" --benchmark-json="$out/benchmarks-more.json"
 
 if have compute-sanitizer; then
   for tool in memcheck racecheck; do
