@@ -86,6 +86,7 @@ def sample_inputs() -> list[Sample]:
         _sample("mask_tall_window", (1, 3, 2, 9), d_v=2, tiny=True, kernel_size=(7, 3), dilation=(2, 4), border="mask"),
         _sample("shift", (1, 4, 7, 9), tiny=True, kernel_size=3, dilation=(2, 3), num_heads=2, border="shift"),
         _sample("shift_exact_fit", (1, 2, 6, 10), d_v=3, tiny=True, kernel_size=(3, 5), dilation=2, border="shift"),
+        _sample("dilation_past_16", (1, 2, 2, 37), tiny=True, kernel_size=(1, 3), dilation=(1, 18), border="mask"),
         _sample("one_tap", (2, 3, 4, 5), tiny=True, kernel_size=1, dilation=4, scale=0.5),
         _sample("one_past_blocks", (1, 34, 5, 65), d_v=33, kernel_size=3, dilation=2, num_heads=1),
         _sample("ldv2", (2, 64, 23, 29), kernel_size=5, dilation=6, num_heads=2, scale=1.0),
