@@ -1,6 +1,6 @@
 """From committed results to the README's table and the plots; and the gates.
 
-python benchmarks/report.py --import RAW.json --machine NAME   keep what matters of a pytest-benchmark JSON, then:
+python benchmarks/report.py --import RAW.json --machine NAME   keep what matters of pytest-benchmark JSONs, then:
 python benchmarks/report.py                                    rewrite README table and plots from benchmarks/results
 python benchmarks/report.py --verify                           exit 1 if README and results disagree
 python benchmarks/report.py --check                            exit 1 if a result misses its gate
@@ -35,6 +35,17 @@ def reduce(raw: dict) -> Iterator[tuple[str, dict]]:
         mine = [_rounded({key: value for key, value in row.items() if key != "op"}) for row in rows if row["op"] == op]
         failed = [row["sentence"] for row in wrong if row["op"] == op]
         yield op, {**_rounded(head), "failed": failed, "rows": mine}
+
+
+def joined(parts: list[dict]) -> dict:
+    """One measurement whose rows were taken in several runs on one machine at one commit; peaks are the first run's."""
+    first = parts[0]
+    for part in parts[1:]:
+        if any(part[k][i] != first[k][i] for k, i in (("commit_info", "id"), ("segops", "machine"))):
+            sys.exit("the parts come from different machines or commits")
+        first["benchmarks"] += part["benchmarks"]
+        first["segops"]["failed"] += part["segops"]["failed"]
+    return first
 
 
 def load(op: str) -> Results:
@@ -278,7 +289,9 @@ def _dumps(results: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--import", dest="raw", type=Path, metavar="RAW.json")
+    parser.add_argument(
+        "--import", dest="raw", type=Path, nargs="+", metavar="RAW.json", help="parts of one measurement"
+    )
     parser.add_argument("--machine", help="folder under benchmarks/results, such as xeon-2core")
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--check", action="store_true")
@@ -301,7 +314,7 @@ def main() -> int:
     if arguments.raw is not None:
         folder = RESULTS / arguments.machine
         folder.mkdir(parents=True, exist_ok=True)
-        for op, results in reduce(json.loads(arguments.raw.read_text())):
+        for op, results in reduce(joined([json.loads(path.read_text()) for path in arguments.raw])):
             (folder / f"{op}.json").write_text(_dumps(results))
     for op in ops():
         for machine, results in load(op).items():
