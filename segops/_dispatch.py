@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -252,13 +253,12 @@ def backends(
     }
 
 
-@functools.cache
+# Looked up at import, and without importing triton: Dynamo traces the router and cannot trace an import.
+_TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
 def _triton_missing() -> str | None:
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    return None
+    return _TRITON_MISSING
 
 
 def _interpreter_missing() -> str | None:
