@@ -21,6 +21,7 @@ PEAKS, FAILED = pytest.StashKey[_peaks.Peaks | str](), pytest.StashKey[list[dict
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("segops benchmarks")
+    group.addoption("--allocator", choices=("keep", "default"), default="keep", help="what is done with freed memory")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group.addoption("--rounds", type=int, default=ROUNDS, help="rounds of segops; rivals get at most as many")
     group.addoption("--budget", type=float, default=3.0, help="seconds of timing per rival and row")
@@ -29,9 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # glibc hands blocks of over 32 MiB back to the kernel at every free, and every call then pays to have its output
-    # mapped again: for segops and rivals alike, keep freed memory, as jemalloc and tcmalloc do.
-    if platform.system() == "Linux":
+    # glibc hands blocks of over 32 MiB back to the kernel at every free, and every call then pays to have its outputs
+    # and intermediates mapped again: most of an eager rival's time. "keep" has freed memory kept for all sides, as
+    # jemalloc and tcmalloc do; "default" is what a user gets who does nothing.
+    if platform.system() == "Linux" and config.getoption("--allocator") == "keep":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
