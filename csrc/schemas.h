@@ -24,6 +24,39 @@ inline constexpr std::string_view local_attention_backward =
     "(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor grad_out, Tensor? grad_lse, "
     "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     "int[] kernel_size, int[] dilation, int num_heads, float scale, int border) -> ()";
+// Native ops that read labels return -1, or the flat index in the label map of the first label outside [0, classes) that is
+// not ignore_index. Weights are [r * r * classes, channels]; loss, count, lse, class_weight, temperature and confidence are
+// float32, or float64 beside float64 tensors.
+inline constexpr std::string_view dupsample =
+    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? temperature, int scale_factor) -> ()";
+inline constexpr std::string_view dupsample_backward =
+    "(Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias, Tensor(d!) grad_temperature, Tensor grad_out, "
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? temperature, int scale_factor) -> ()";
+// The part of dupsample that is no matrix product: columns [N, r * r * classes, h * w] to out [N, classes, H, W], and back.
+inline constexpr std::string_view dupsample_rearrange =
+    "(Tensor(a!) out, Tensor columns, Tensor? bias, Tensor? temperature, int scale_factor) -> ()";
+inline constexpr std::string_view dupsample_rearrange_backward =
+    "(Tensor(a!) grad_columns, Tensor grad_out, Tensor? temperature, int scale_factor) -> ()";
+inline constexpr std::string_view dupsample_cross_entropy =
+    "(Tensor(a!) loss, Tensor(b!) count, Tensor(c!) lse, Tensor x, Tensor weight, Tensor target, Tensor? bias, "
+    "Tensor? temperature, Tensor? class_weight, int scale_factor, int ignore_index, float label_smoothing) -> int";
+inline constexpr std::string_view dupsample_cross_entropy_backward =
+    "(Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias, Tensor(d!) grad_temperature, Tensor grad_loss, "
+    "Tensor x, Tensor weight, Tensor target, Tensor? bias, Tensor? temperature, Tensor? class_weight, Tensor lse, "
+    "int scale_factor, int ignore_index, float label_smoothing) -> ()";
+inline constexpr std::string_view dupsample_argmax =
+    "(Tensor(a!) labels, Tensor(b!) confidence, Tensor x, Tensor weight, Tensor? bias, Tensor? temperature, "
+    "int scale_factor) -> ()";
+inline constexpr std::string_view upsample_cross_entropy =
+    "(Tensor(a!) loss, Tensor(b!) count, Tensor(c!) lse, Tensor logits, Tensor target, Tensor? class_weight, "
+    "bool align_corners, int ignore_index, float label_smoothing) -> int";
+inline constexpr std::string_view upsample_cross_entropy_backward =
+    "(Tensor(a!) grad_logits, Tensor grad_loss, Tensor logits, Tensor target, Tensor? class_weight, Tensor lse, "
+    "bool align_corners, int ignore_index, float label_smoothing) -> ()";
+inline constexpr std::string_view upsample_argmax =
+    "(Tensor(a!) labels, Tensor(b!) confidence, Tensor[] logits, bool align_corners) -> ()";
+inline constexpr std::string_view confusion_matrix =
+    "(Tensor(a!) counts, Tensor prediction, Tensor target, int ignore_index) -> int";
 // Caps the instruction set of the CPU kernels (0 base, 1 avx2, 2 avx512) and returns the one in force.
 inline constexpr std::string_view cpu_isa = "(int cap) -> int";
 
