@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import _calls
 import _memory
@@ -107,6 +107,8 @@ class Runner:
                 rivals[name] = self._rival(suite, module, row, name, oracle, result["memory"])
             except Unavailable as why:
                 reasons[name] = str(why)
+        if row.dtype in (torch.float16, torch.bfloat16):
+            rivals["float32"] = Contender(_calls.ours(suite, replace(row, dtype=torch.float32)))
         with _calls.chosen(row):
             self._interleave(row, mine, rivals, benchmark)
         result["seconds"] = {"segops": _summary(mine), **{name: _summary(rival) for name, rival in rivals.items()}}
