@@ -22,7 +22,7 @@ from ._launch import Launch
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A finite start of a running maximum.
-LOWEST = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit
@@ -78,11 +78,12 @@ def products(
     """<x(cell), weight(row)> [cells, rows]; ``tile`` is x's where one block holds all channels."""
     acc = tl.zeros([rows.shape[0], w_rows.shape[0]], ACC)
     if C <= BLOCK_C:
-        return dot(tile, tl.trans(load_rows(weight, w_rows, w_inside, 0, w_stride, C, BLOCK_C)), acc, INTERPRET)
-    for first in range(0, C, BLOCK_C):
-        a = load_rows(x, rows, inside, first, x_stride, C, BLOCK_C)
-        b = load_rows(weight, w_rows, w_inside, first, w_stride, C, BLOCK_C)
-        acc = dot(a, tl.trans(b), acc, INTERPRET)
+        acc = dot(tile, tl.trans(load_rows(weight, w_rows, w_inside, 0, w_stride, C, BLOCK_C)), acc, INTERPRET)
+    else:
+        for first in range(0, C, BLOCK_C):
+            a = load_rows(x, rows, inside, first, x_stride, C, BLOCK_C)
+            b = load_rows(weight, w_rows, w_inside, first, w_stride, C, BLOCK_C)
+            acc = dot(a, tl.trans(b), acc, INTERPRET)
     return acc
 
 
@@ -115,10 +116,10 @@ def logits(
 @triton.jit
 def scale_of(temperature, factor, ACC: tl.constexpr):
     """factor / temperature."""
-    one = tl.full([], 1.0, ACC)
-    if temperature is None:
-        return one * factor
-    return one * factor / tl.load(temperature).to(ACC)
+    scale = tl.full([], factor, ACC)
+    if temperature is not None:
+        scale /= tl.load(temperature).to(ACC)
+    return scale
 
 
 @triton.jit
@@ -222,6 +223,19 @@ def sum_parts(out: Tensor, parts: Tensor, temperature: Tensor | None, unit: Tens
     args: dict[str, Any] = {"out": out, "parts": parts, "size": out.numel(), "count": parts.shape[0]}
     args |= {"temperature": temperature, "unit": unit, "BLOCK": 1024}
     return Launch(_sum_parts, (triton.cdiv(out.numel(), 1024),), args)
+
+
+def forward_configuration(channels: int, classes: int, itemsize: int) -> dict[str, Any]:
+    """Blocks of cells, channels and classes, warps and stages of the kernels that hold all logits of a pixel."""
+    block_c = max(triton.next_power_of_2(channels), 16)
+    if itemsize == 2:
+        wide = classes > 64
+        resident = block_c <= (128 if wide else 256)
+        tiles = widths(classes, 8, 128, 256)
+        return {**tiles, "BLOCK_M": 128, "BLOCK_C": block_c if resident else 64, "num_warps": 8 if wide else 4,
+                "num_stages": 2 if wide else 3}  # fmt: skip
+    tiles = widths(classes, 8, 32, 32)
+    return {**tiles, "BLOCK_M": 64 if itemsize == 4 else 32, "BLOCK_C": min(block_c, 16), "num_warps": 4, "num_stages": 2}
 
 
 def parts_for(programs: int, steps: int, out: Tensor) -> int:

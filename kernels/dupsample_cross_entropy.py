@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ._dot import dot
 from ._dupsample import (
-    LN2, LOG2E, LOWEST, accumulator, aot_inputs, aot_names, cells, geometry, load_rows, logits, offsets, parts_for, parts_of,
+    LN2, LOG2E, LOWEST, accumulator, aot_inputs, aot_names, cells, forward_configuration, geometry, load_rows, logits, offsets, parts_for, parts_of,
     pixel_offsets, products, scale_of, scaled, sum_parts, total, weight_rows, widths,
 )  # fmt: skip
 from ._launch import Launch
@@ -49,7 +49,8 @@ def _label(target, at, inside, ignore_index, K: tl.constexpr):
 def _class_weight(class_weight, label, counts, ACC: tl.constexpr):
     if class_weight is None:
         return counts.to(ACC)
-    return tl.load(class_weight + label, mask=counts, other=0.0)
+    else:
+        return tl.load(class_weight + label, mask=counts, other=0.0)
 
 
 @triton.jit
@@ -57,8 +58,9 @@ def _weight_sum(class_weight, K: tl.constexpr, ACC: tl.constexpr):
     """Sum of all class weights."""
     if class_weight is None:
         return tl.full([], K, ACC)
-    column = tl.arange(0, triton.next_power_of_2(K))
-    return tl.sum(tl.load(class_weight + column, mask=column < K, other=0.0), 0)
+    else:
+        column = tl.arange(0, triton.next_power_of_2(K))
+        return tl.sum(tl.load(class_weight + column, mask=column < K, other=0.0), 0)
 
 
 @triton.jit
@@ -491,19 +493,6 @@ def _unit(grad_loss: Tensor, x: Tensor) -> Tensor | None:
     if grad_loss.dim() == 0:
         return grad_loss
     return torch.linalg.vector_norm(grad_loss, float("inf")) if x.dtype == torch.float16 else None
-
-
-def forward_configuration(channels: int, classes: int, itemsize: int) -> dict[str, Any]:
-    """Blocks of cells, channels and classes, warps and stages of the forward kernel."""
-    block_c = max(triton.next_power_of_2(channels), 16)
-    if itemsize == 2:
-        wide = classes > 64
-        resident = block_c <= (128 if wide else 256)
-        tiles = widths(classes, 8, 128, 256)
-        return {**tiles, "BLOCK_M": 128, "BLOCK_C": block_c if resident else 64, "num_warps": 8 if wide else 4,
-                "num_stages": 2 if wide else 3}  # fmt: skip
-    tiles = widths(classes, 8, 32, 32)
-    return {**tiles, "BLOCK_M": 64 if itemsize == 4 else 32, "BLOCK_C": min(block_c, 16), "num_warps": 4, "num_stages": 2}
 
 
 def backward_x_configuration(channels: int, classes: int, itemsize: int) -> dict[str, Any]:
