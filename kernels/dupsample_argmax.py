@@ -26,14 +26,14 @@ from ._launch import Launch
 __all__ = ["aot_cases", "forward"]
 
 # What lifts the smallest difference of two logits above every class.
-_LIFT = tl.constexpr(2.0**120)
+_LIFT = tl.constexpr(2.0**100)
 
 
 @triton.jit
-def _first_of(z, top, first, WIDTH: tl.constexpr):
+def _first_of(z, top, first):
     """The first class whose logit is ``top``, as a number. By products: comparisons run at half their rate."""
-    classes = first + tl.arange(0, WIDTH)
-    return tl.min((top[:, None] - z) * _LIFT + classes.to(z.dtype)[None, :], 1)
+    classes = tl.arange(0, z.shape[1]).to(z.dtype)
+    return first + tl.min((top[:, None] - z) * _LIFT + classes[None, :], 1).to(tl.int32)
 
 
 @triton.jit
@@ -60,29 +60,22 @@ def _forward(
     for dx in range(R):
         row = (dy * R + dx) * K
         top = tl.full([BLOCK_M], LOWEST, ACC)
-        best = tl.zeros([BLOCK_M], ACC)
+        best = tl.zeros([BLOCK_M], tl.int32)
         exps = tl.zeros([BLOCK_M], ACC)
         for first in range(0, K, SPAN):
-            z = ()
-            span_top = tl.full([BLOCK_M], LOWEST, ACC)
             for t in tl.static_range(len(WIDTHS)):
-                z_t = logits(
+                z = logits(
                     tile, x, x_rows, inside, x_strides[1], weight, weight_strides, bias, row, first + FIRSTS[t], scale,
                     K, C, WIDTHS[t], BLOCK_C, ALIGN_W, ACC, INTERPRET,
                 )  # fmt: skip
-                z = z + (z_t,)  # noqa: RUF005
-                span_top = tl.maximum(span_top, tl.max(z_t, 1))
-            span_best = tl.full([BLOCK_M], K - 1, ACC)
-            for t in tl.static_range(len(WIDTHS)):
-                span_best = tl.minimum(span_best, _first_of(z[t], span_top, first + FIRSTS[t], WIDTHS[t]))
-            best = tl.where(span_top > top, span_best, best)
-            new_top = tl.maximum(top, span_top)
-            if confidence is not None:
-                exps *= tl.exp2((top - new_top) * LOG2E)
-                for t in tl.static_range(len(WIDTHS)):
-                    exps += tl.sum(tl.exp2((z[t] - new_top[:, None]) * LOG2E), 1)
-            top = new_top
-        all_labels = tl.where(column[None, :] == dx, best.to(tl.int32)[:, None], all_labels)
+                tile_top = tl.max(z, 1)
+                best = tl.where(tile_top > top, _first_of(z, tile_top, first + FIRSTS[t]), best)
+                new_top = tl.maximum(top, tile_top)
+                if confidence is not None:
+                    exps *= tl.exp2((top - new_top) * LOG2E)
+                    exps += tl.sum(tl.exp2((z - new_top[:, None]) * LOG2E), 1)
+                top = new_top
+        all_labels = tl.where(column[None, :] == dx, best[:, None], all_labels)
         if confidence is not None:
             all_confidence = tl.where(column[None, :] == dx, (1.0 / exps)[:, None], all_confidence)
 

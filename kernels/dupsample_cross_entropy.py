@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ._dot import dot
 from ._dupsample import (
-    LN2, LOG2E, LOWEST, accumulator, aot_inputs, aot_names, cells, forward_configuration, geometry, load_rows, logits, offsets, parts_for, parts_of,
+    LN2, LOG2E, LOWEST, accumulator, aot_inputs, aot_names, cells, forward_configuration, geometry, load_rows, log2, logits, offsets, parts_for, parts_of,
     pixel_offsets, products, scale_of, scaled, sum_parts, total, weight_rows, widths,
 )  # fmt: skip
 from ._launch import Launch
@@ -64,21 +64,33 @@ def _weight_sum(class_weight, K: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def _smoothed(z, class_weight, first, K: tl.constexpr):
+    """sum_c w_c z_c over the classes first ... of a tile."""
+    classes = first + tl.arange(0, z.shape[1])
+    z = tl.where((classes < K)[None, :], z, 0.0)
+    if class_weight is not None:
+        z *= tl.load(class_weight + classes, mask=classes < K, other=0.0)[None, :]
+    return tl.sum(z, 1)
+
+
+@triton.jit
 def _forward(
     loss, lse, parts, x, weight, target, bias, temperature, class_weight,
     loss_strides, lse_strides, x_strides, weight_strides, target_strides,
     count, size, full_size, ignore_index,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, WIDTHS: tl.constexpr, FIRSTS: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_C: tl.constexpr, WIDTHS: tl.constexpr, FIRSTS: tl.constexpr, SPAN: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Per-pixel results wait in registers for all dx, so that they are written in whole rows."""
+    """lse, loss where it is per pixel, and sums of weights and losses per program."""
     program = tl.program_id(0)
     dy = program % R
     image, i, j, inside = cells(program // R, count, size, BLOCK_M, WIDE)
     y = i * R + dy
     x_rows = offsets(x_strides, image, i, j, ALIGN)
     label_at = pixel_offsets(target_strides, image, y, j * R)
+    lse_at = pixel_offsets(lse_strides, image, y, j * R)
+    loss_at = pixel_offsets(loss_strides, image, y, j * R)
     scale = scale_of(temperature, LOG2E, ACC)
     weight_sum = _weight_sum(class_weight, K, ACC)
     tile = None
@@ -86,42 +98,32 @@ def _forward(
         tile = load_rows(x, x_rows, inside, 0, x_strides[1], C, BLOCK_C)
     inside_y = inside & (y < full_size[0])
 
-    column = tl.arange(0, BLOCK_R)
-    all_lse = tl.zeros([BLOCK_M, BLOCK_R], ACC)
-    all_loss = tl.zeros([BLOCK_M, BLOCK_R], ACC)
     loss_sum = tl.zeros([BLOCK_M], ACC)
     count_sum = tl.zeros([BLOCK_M], ACC)
     for dx in range(R):
         row = (dy * R + dx) * K
-        label, counts = _label(
-            target, label_at + dx * target_strides[2], inside_y & (j * R + dx < full_size[1]), ignore_index, K
-        )
+        pixel = inside_y & (j * R + dx < full_size[1])
+        label, counts = _label(target, label_at + dx * target_strides[2], pixel, ignore_index, K)
         top = tl.full([BLOCK_M], LOWEST, ACC)
         exps = tl.zeros([BLOCK_M], ACC)
         picked = tl.zeros([BLOCK_M], ACC)
         smooth = tl.zeros([BLOCK_M], ACC)
         for first in range(0, K, SPAN):
-            z = ()
-            new_top = top
             for t in tl.static_range(len(WIDTHS)):
-                z_t = logits(
+                z = logits(
                     tile, x, x_rows, inside, x_strides[1], weight, weight_strides, bias, row, first + FIRSTS[t], scale,
                     K, C, WIDTHS[t], BLOCK_C, ALIGN_W, ACC, INTERPRET,
                 )  # fmt: skip
-                z = z + (z_t,)  # noqa: RUF005
-                new_top = tl.maximum(new_top, tl.max(z_t, 1))
-            exps *= tl.exp2(top - new_top)
-            top = new_top
-            for t in tl.static_range(len(WIDTHS)):
-                classes = first + FIRSTS[t] + tl.arange(0, z[t].shape[1])
-                exps += tl.sum(tl.exp2(z[t] - top[:, None]), 1)
-                picked += tl.sum(tl.where(classes[None, :] == label[:, None], z[t], 0.0), 1)
+                new_top = tl.maximum(top, tl.max(z, 1))
+                if len(WIDTHS) > 1 or SPAN < K:
+                    exps *= tl.exp2(top - new_top)
+                top = new_top
+                exps += tl.sum(tl.exp2(z - top[:, None]), 1)
+                classes = tl.arange(0, z.shape[1])
+                picked += tl.sum(tl.where(classes[None, :] == (label - first - FIRSTS[t])[:, None], z, 0.0), 1)
                 if SMOOTHING > 0.0:
-                    z_t = tl.where((classes < K)[None, :], z[t], 0.0)
-                    if class_weight is not None:
-                        z_t *= tl.load(class_weight + classes, mask=classes < K, other=0.0)[None, :]
-                    smooth += tl.sum(z_t, 1)
-        log_sum = top + tl.log2(exps)
+                    smooth += _smoothed(z, class_weight, first + FIRSTS[t], K)
+        log_sum = top + log2(exps, ACC)
         w = _class_weight(class_weight, label, counts, ACC)
         pixel_loss = (1.0 - SMOOTHING) * w * (log_sum - picked)
         if SMOOTHING > 0.0:
@@ -129,16 +131,10 @@ def _forward(
         pixel_loss = tl.where(counts, pixel_loss * LN2, 0.0)
         loss_sum += pixel_loss
         count_sum += w
-        all_lse = tl.where(column[None, :] == dx, (log_sum * LN2)[:, None], all_lse)
+        tl.store(lse + lse_at + dx * lse_strides[2], log_sum * LN2, mask=pixel)
         if loss is not None:
-            all_loss = tl.where(column[None, :] == dx, pixel_loss[:, None], all_loss)
+            tl.store(loss + loss_at + dx * loss_strides[2], pixel_loss, mask=pixel)
 
-    mask = inside_y[:, None] & (column < R)[None, :] & ((j * R)[:, None] + column[None, :] < full_size[1])
-    at = pixel_offsets(lse_strides, image, y, j * R)[:, None] + (column.to(tl.int64) * lse_strides[2])[None, :]
-    tl.store(lse + at, all_lse, mask=mask)
-    if loss is not None:
-        at = pixel_offsets(loss_strides, image, y, j * R)[:, None] + (column.to(tl.int64) * loss_strides[2])[None, :]
-        tl.store(loss + at, all_loss, mask=mask)
     tl.store(parts + program, tl.sum(count_sum, 0))
     if loss is None:
         tl.store(parts + tl.num_programs(0) + program, tl.sum(loss_sum, 0))
@@ -176,14 +172,15 @@ def _gradient(
     z, first, log_sum, label, of_p, at_label, everywhere, class_weight, K: tl.constexpr, SMOOTHING: tl.constexpr
 ):
     """dz [cells, classes first ...], without the factor 1 / T."""
-    classes = first + tl.arange(0, z.shape[1])
+    classes = tl.arange(0, z.shape[1])
     dz = tl.exp2(z - log_sum[:, None]) * of_p[:, None]
-    dz -= tl.where(classes[None, :] == label[:, None], at_label[:, None], 0.0)
+    dz -= tl.where(classes[None, :] == (label - first)[:, None], at_label[:, None], 0.0)
     if SMOOTHING > 0.0:
         if class_weight is None:
             dz -= everywhere[:, None]
         else:
-            dz -= everywhere[:, None] * tl.load(class_weight + classes, mask=classes < K, other=0.0)[None, :]
+            w = tl.load(class_weight + first + classes, mask=first + classes < K, other=0.0)
+            dz -= everywhere[:, None] * w[None, :]
     return dz
 
 
@@ -271,7 +268,7 @@ def _backward_weight(
             w = load_rows(weight, w_rows, w_inside, 0, weight_strides[1], C, BLOCK_C)
         weights = weights + (w,)  # noqa: RUF005
         sums = sums + (tl.zeros([SLICE_C, WIDTH], ACC),)  # noqa: RUF005
-        bias_sums = bias_sums + (tl.zeros([WIDTH], ACC),)  # noqa: RUF005
+        bias_sums = bias_sums + (tl.zeros([BLOCK_M, WIDTH], ACC),)  # noqa: RUF005
 
     blocks = tl.cdiv(count, BLOCK_M)
     for block in range(blocks * part // parts, blocks * (part + 1) // parts):
@@ -300,7 +297,7 @@ def _backward_weight(
             new_sums = new_sums + (dot(tl.trans(tile), dz.to(tile.dtype), sums[g], INTERPRET),)  # noqa: RUF005
             bias_sum = bias_sums[g]
             if grad_bias is not None:
-                bias_sum += tl.sum(dz, 0)
+                bias_sum += dz
             new_bias_sums = new_bias_sums + (bias_sum,)  # noqa: RUF005
         sums = new_sums
         bias_sums = new_bias_sums
@@ -327,11 +324,12 @@ def _backward_weight(
             mask=w_inside[:, None] & (channel < C)[None, :],
         )  # fmt: skip
         if grad_bias is not None:
+            bias_sum = tl.sum(bias_sums[g], 0)
             mask = w_inside & (slice_ == 0)
             if dots is not None:
-                product += tl.sum(bias_sums[g] * tl.load(bias + rows, mask=mask, other=0.0).to(ACC))
+                product += tl.sum(bias_sum * tl.load(bias + rows, mask=mask, other=0.0).to(ACC))
             at = part.to(tl.int64) * bias_part_stride + rows
-            tl.store(grad_bias + at, (bias_sums[g] * factor).to(grad_bias.dtype.element_ty), mask=mask)
+            tl.store(grad_bias + at, (bias_sum * factor).to(grad_bias.dtype.element_ty), mask=mask)
     if dots is not None:
         tl.store(dots + tl.program_id(0), product)
 
@@ -408,7 +406,6 @@ def _plan_forward(
         "target_strides": target.stride(),
         "ignore_index": ignore_index,
         "SMOOTHING": label_smoothing,
-        "BLOCK_R": triton.next_power_of_2(scale_factor),
     }
     sums = total(count, parts, None if loss.dim() else loss)
     return [Launch(_forward, (programs,), args, num_warps, num_stages), sums]
@@ -514,7 +511,7 @@ def backward_weight_configuration(scale_factor: int, channels: int, classes: int
         resident = block_c <= 128
         width = min(width, 32 if classes <= 32 else 64)
         return {"BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 128), "WIDTH": width,
-                "GROUP": math.gcd(scale_factor, 4 if width <= 32 else 1), "num_warps": 4, "num_stages": 2}  # fmt: skip
+                "GROUP": math.gcd(scale_factor, 2 if width <= 32 else 1), "num_warps": 4, "num_stages": 2}  # fmt: skip
     return {"BLOCK_M": 32 if itemsize == 4 else 16, "BLOCK_C": min(block_c, 16), "SLICE_C": min(block_c, 64),
             "WIDTH": min(width, 32), "GROUP": 1, "num_warps": 4, "num_stages": 2}  # fmt: skip
 
