@@ -8,7 +8,6 @@ cropped at the bottom and on the right to ``size``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._sample import Sample, Shape, Spec, Uniform
@@ -36,8 +35,9 @@ def logits(
     check_temperature(function, temperature)
     n, _, h, w = x.shape
     r, classes = scale_factor, weight.shape[0] // scale_factor**2
-    columns = F.conv2d(x, weight[:, :, None, None], bias).view(n, r, r, classes, h, w)
-    z = columns.permute(0, 3, 4, 1, 5, 2).reshape(n, classes, h * r, w * r)[:, :, : size[0], : size[1]]
+    columns = torch.einsum("rc,nchw->nrhw", weight, x)
+    columns = columns if bias is None else columns + bias[:, None, None]
+    z = columns.view(n, r, r, classes, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, classes, h * r, w * r)[:, :, : size[0], : size[1]]
     z = z if z.dtype == torch.float64 else z.float()
     return z if temperature is None else z / temperature.reshape(())
 
