@@ -32,7 +32,7 @@ def test_is_the_argmax_of_torchs_layers(lane, temperature):
 @every_lane
 @pytest.mark.parametrize(("classes", "r"), [(2, 1), (2, 32), (255, 2), (256, 2), (1000, 1)])
 def test_fewest_and_most_classes_and_scales(lane, classes, r):
-    x, weight, bias = head(1, 4, 2, 1, classes, r, lane.device)
+    x, weight, bias = head(1, 4, 1, 1, classes, r, lane.device)
     with lane.active():
         actual = dupsample_argmax(x, weight, bias, scale_factor=r)
     assert actual.dtype == (torch.uint8 if classes <= 255 else torch.int64)

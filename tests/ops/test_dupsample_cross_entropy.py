@@ -48,10 +48,10 @@ def test_is_torchs_cross_entropy(lane, reduction, weighted, smoothing):
 
 
 @every_lane
-@pytest.mark.parametrize(("classes", "r"), [(2, 1), (3, 32), (1000, 1), (1000, 2)])
+@pytest.mark.parametrize(("classes", "r"), [(2, 1), (2, 32), (1000, 1), (1000, 2)])
 def test_fewest_and_most_classes_and_scales(lane, classes, r):
-    x, weight, bias = (x.float().requires_grad_() for x in head(1, 4, 2, 1, classes, r, lane.device))
-    target = labels((1, 2 * r, r), classes, -1, device=lane.device)
+    x, weight, bias = (x.float().requires_grad_() for x in head(1, 4, 1, 1, classes, r, lane.device))
+    target = labels((1, r, r), classes, -1, device=lane.device)
     with lane.active():
         actual = dupsample_cross_entropy(x, weight, target, bias=bias, scale_factor=r, ignore_index=-1)
         gradients = torch.autograd.grad(actual, (x, weight, bias))

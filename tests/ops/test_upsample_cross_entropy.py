@@ -61,9 +61,9 @@ def test_any_pair_of_sizes(lane, align_corners, sizes):
 @every_lane
 @pytest.mark.parametrize("classes", [2, 1000])
 def test_fewest_and_most_classes(lane, classes):
-    logits = torch.randn(1, classes, 2, 3, device=lane.device, requires_grad=True)
-    target = labels((1, 5, 6), classes, -1, device=lane.device)
-    expected = F.cross_entropy(upsampled(logits.double(), (5, 6)), target, ignore_index=-1)
+    logits = torch.randn(1, classes, 1, 2, device=lane.device, requires_grad=True)
+    target = labels((1, 2, 3), classes, -1, device=lane.device)
+    expected = F.cross_entropy(upsampled(logits.double(), (2, 3)), target, ignore_index=-1)
     with lane.active():
         actual = upsample_cross_entropy(logits, target, ignore_index=-1)
         (gradient,) = torch.autograd.grad(actual, logits)
