@@ -204,6 +204,32 @@ def is_map(key, spec):
     return isinstance(spec, (Labels, list)) or (key != "weight" and len(getattr(spec, "shape", spec)) == 4)
 
 
+def far_apart(x):
+    """The same values, in channels or rows that lie 2^31 elements apart in one untouched allocation: only the pages
+    that are read exist."""
+    x = x.to(torch.bfloat16 if x.is_floating_point() else torch.uint8)
+    stride = (2**31 + 2**10) // (x.shape[1] - 1)
+    strides = [stride if axis == 1 else s for axis, s in enumerate(x.contiguous().stride())]
+    storage = torch.empty(2**31 + 2**12, dtype=x.dtype, device=x.device)
+    return storage.as_strided(x.shape, strides).copy_(x)
+
+
+@every_lane
+@samples(FIRST)
+def test_offsets_beyond_2_31(lane, name, sample):
+    torch.use_deterministic_algorithms(False)  # or the whole allocation would be filled with NaN
+    if lane.device == "cuda" and torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("less than 24 GiB of GPU memory are free")
+    tensors = sample.tensors(torch.bfloat16, lane.device)
+    check(
+        lane,
+        name,
+        sample,
+        {key: far_apart(x) if is_map(key, sample.shapes[key]) else x for key, x in tensors.items()},
+        torch.bfloat16,
+    )
+
+
 @every_lane
 @samples(FIRST)
 def test_batch_of_none(lane, name, sample):
