@@ -53,12 +53,13 @@ def test_fewest_and_most_classes_and_scales(lane, classes, r):
     x, weight, bias = (x.float().requires_grad_() for x in head(1, 4, 1, 1, classes, r, lane.device))
     target = labels((1, r, r), classes, -1, device=lane.device)
     target[0, 0, 0] = 1
+    inputs = () if lane.slow and r == 32 else (x, weight, bias)  # interpreted, the gradients take 40 seconds
     with lane.active():
         actual = dupsample_cross_entropy(x, weight, target, bias=bias, scale_factor=r, ignore_index=-1)
-        gradients = torch.autograd.grad(actual, (x, weight, bias))
+        gradients = torch.autograd.grad(actual, inputs) if inputs else ()
     expected = F.cross_entropy(shuffled(x.double(), weight.double(), bias.double(), r), target, ignore_index=-1)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
-    for a, b in zip(gradients, torch.autograd.grad(expected, (x, weight, bias)), strict=True):
+    for a, b in zip(gradients, torch.autograd.grad(expected, inputs) if inputs else (), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
