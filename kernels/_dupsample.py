@@ -73,9 +73,7 @@ def load_rows(tensor, rows, inside, first, stride, C: tl.constexpr, BLOCK_C: tl.
 
 
 @triton.jit
-def weight_rows(
-    strides, row, first, K: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr
-):
+def weight_rows(strides, row, first, K: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of the weight's rows of classes first .. first + WIDTH of a sub-pixel, and the mask of those below K."""
     column = first + tl.arange(0, WIDTH)
     rows = row + column
@@ -121,16 +119,14 @@ def logits(
 ):  # fmt: skip
     """scale * z [cells, WIDTH] for classes first .. of the sub-pixel whose rows of the weight begin at ``row``."""
     w_rows, w_inside = weight_rows(w_strides, row, first, K, WIDTH, ALIGN, WIDE)
-    acc = products(
-        tile, x, rows, inside, x_stride, weight, w_rows, w_inside, w_strides[1], C, BLOCK_C, ACC, INTERPRET
-    )
+    acc = products(tile, x, rows, inside, x_stride, weight, w_rows, w_inside, w_strides[1], C, BLOCK_C, ACC, INTERPRET)
     return scaled(acc, bias, row, first, scale, K, WIDTH)
 
 
 @triton.jit
-def log2(x, ACC: tl.constexpr):
-    """log2 of x >= 1; for float32 by one step from the exponent, NVIDIA's own takes three times as many instructions."""
-    if ACC == tl.float64:
+def log2(x):
+    """log2 of x >= 1; for float32 by one step from the exponent, a third of the instructions of NVIDIA's own."""
+    if x.dtype == tl.float64:
         return tl.log2(x)
     else:
         # Off by less than 0.044: a logarithm that is linear between powers of two.
@@ -275,14 +271,16 @@ def forward_configuration(channels: int, classes: int, itemsize: int) -> dict[st
 
 
 def parts_for(programs: int, steps: int, out: Tensor) -> int:
-    """How many parts the walk of every program is cut into: 16 warps for each of 132 multiprocessors, 16 MiB of sums."""
+    """How many parts every program's walk is cut into: 4 programs for each of 132 multiprocessors, 16 MiB of sums."""
     dense = out.numel() == sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True)) + 1
     most = min(steps, (16 << 20) // (4 * out.numel())) if dense else 1
     return max(min(triton.cdiv(528, programs), most), 1)
 
 
 def parts_of(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided((count, *tensor.shape), (tensor.numel(), *tensor.stride()), dtype=dtype, device=tensor.device)
+    return torch.empty_strided(
+        (count, *tensor.shape), (tensor.numel(), *tensor.stride()), dtype=dtype, device=tensor.device
+    )
 
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}

@@ -3,7 +3,8 @@
     out(n, k, r i + dy, r j + dx) = z(cell, s, k) = (<weight(s, k), x(cell)> + bias(s, k)) / T            s = (dy, dx)
 
     dx(cell) = 1 / T sum_{s, k} grad_out(cell, s, k) weight(s, k)
-    dweight(s, k) = 1 / T sum_cells grad_out(cell, s, k) x(cell)        dbias(s, k) = 1 / T sum_cells grad_out(cell, s, k)
+    dweight(s, k) = 1 / T sum_cells grad_out(cell, s, k) x(cell)
+    dbias(s, k)   = 1 / T sum_cells grad_out(cell, s, k)
     dT       = -1 / T (<weight, dweight> + <bias, dbias>)
 
 Layout: x [N, C, h, w], weight [r * r * K, C], out, grad_out [N, K, H, W], any strides, r (h - 1) < H <= r h.
@@ -15,7 +16,6 @@ added in order where there would be too few programs.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -25,9 +25,21 @@ from torch import Tensor
 
 from ._dot import dot
 from ._dupsample import (
-    accumulator, aot_inputs, aot_names, cells, geometry, load_rows, offsets, parts_for, parts_of, products, scale_of,
-    sum_parts, total,
-)  # fmt: skip
+    accumulator,
+    aot_inputs,
+    aot_names,
+    cells,
+    geometry,
+    layout,
+    load_rows,
+    offsets,
+    parts_for,
+    parts_of,
+    products,
+    scale_of,
+    sum_parts,
+    total,
+)
 from ._launch import Launch
 
 __all__ = ["aot_cases", "backward", "forward"]
@@ -78,7 +90,8 @@ def _pixels(tensor, strides, image, i, j, inside, dy, dx, mask, at, full_size, R
 
 @triton.jit
 def _forward(
-    out, x, weight, bias, temperature, out_strides, x_strides, weight_strides, count, size, reciprocals, full_size, blocks,
+    out, x, weight, bias, temperature, out_strides, x_strides, weight_strides,
+    count, size, reciprocals, full_size, blocks,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CROPPED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
     WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
@@ -105,7 +118,7 @@ def _forward(
 
 @triton.jit
 def _backward_x(
-    grad_x, grad_out, x, weight, temperature, grad_x_strides, grad_out_strides, x_strides, weight_strides, part_stride,
+    grad_x, grad_out, weight, temperature, grad_x_strides, grad_out_strides, weight_strides, part_stride,
     count, size, reciprocals, full_size, parts, slices, blocks,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SLICE_C: tl.constexpr, BLOCK_R: tl.constexpr, CROPPED: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
@@ -124,7 +137,9 @@ def _backward_x(
             grad_out_strides, weight_strides, dy, step % blocks, R, K, BLOCK_N, BLOCK_R, ALIGN_W, WIDE
         )
         w = load_rows(weight, w_rows, mask, slice_, weight_strides[1], C, SLICE_C)
-        pointers, mask = _pixels(grad_out, grad_out_strides, image, i, j, inside, dy, dx, mask, at, full_size, R, CROPPED)
+        pointers, mask = _pixels(
+            grad_out, grad_out_strides, image, i, j, inside, dy, dx, mask, at, full_size, R, CROPPED
+        )
         acc = dot(tl.load(pointers, mask=mask, other=0.0), w, acc, INTERPRET)
     if WHOLE:
         acc *= scale_of(temperature, 1.0, ACC)
@@ -151,7 +166,9 @@ def _backward_weight(
     program = program // R
     slice_ = program % slices * SLICE_C
     part = program // slices
-    dx, mask, row, w_rows, at = _columns(grad_out_strides, weight_strides, dy, block, R, K, BLOCK_N, BLOCK_R, ALIGN_W, WIDE)
+    dx, mask, row, w_rows, at = _columns(
+        grad_out_strides, weight_strides, dy, block, R, K, BLOCK_N, BLOCK_R, ALIGN_W, WIDE
+    )
     acc = tl.zeros([BLOCK_N, SLICE_C], ACC)
     bias_acc = tl.zeros([BLOCK_N], ACC)
     cell_blocks = tl.cdiv(count, BLOCK_M)
@@ -238,7 +255,8 @@ def _plan_backward(
     parts = parts_for(programs, scale_factor * blocks, grad_x)
     to_x = grad_x if parts == 1 else parts_of(grad_x, parts, sums)
     for_x = {**args, "grad_x": to_x, "grad_x_strides": grad_x.stride(), "part_stride": grad_x.numel()}
-    for_x |= {"parts": parts, "WHOLE": parts == 1}
+    for_x |= {"parts": parts, "WHOLE": parts == 1, "ALIGN": layout(grad_x)}
+    del for_x["x"], for_x["x_strides"]
     launches = [Launch(_backward_x, (programs * parts,), for_x, num_warps, num_stages=3)]
     if parts > 1:
         launches.append(sum_parts(grad_x, to_x, temperature))

@@ -1,7 +1,8 @@
 """Labels from DUpsampling's logits in Triton; the logits never leave registers.
 
     z(p, c)  = (<weight(s, c), x(cell)> + bias(s, c)) / T           p = sub-pixel s = (dy, dx) of a cell
-    label(p) = argmax_c z(p, c), the lowest of equals               confidence(p) = 1 / sum_c exp(z(p, c) - max_c z(p, c))
+    label(p) = argmax_c z(p, c), the lowest of equals
+    confidence(p) = 1 / sum_c exp(z(p, c) - max_c z(p, c))
 
 Layout: x [N, C, h, w], weight [r * r * K, C], labels, confidence [N, H, W], any strides, r (h - 1) < H <= r h.
 
@@ -18,9 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dupsample import (
-    LOG2E, LOWEST, aot_inputs, aot_names, cells, forward_configuration, geometry, load_rows, logits, offsets,
-    pixel_offsets, scale_of,
-)  # fmt: skip
+    LOG2E,
+    LOWEST,
+    aot_inputs,
+    aot_names,
+    cells,
+    forward_configuration,
+    geometry,
+    load_rows,
+    logits,
+    offsets,
+    pixel_offsets,
+    scale_of,
+)
 from ._launch import Launch
 
 __all__ = ["aot_cases", "forward"]

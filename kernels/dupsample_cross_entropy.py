@@ -29,9 +29,31 @@ from torch import Tensor
 
 from ._dot import dot
 from ._dupsample import (
-    LN2, LOG2E, LOWEST, accumulator, aot_inputs, aot_names, cells, forward_configuration, geometry, load_rows, log2, logits, offsets, parts_for, parts_of,
-    pixel_offsets, products, scale_of, scaled, sum_parts, total, weight_rows, widths,
-)  # fmt: skip
+    LN2,
+    LOG2E,
+    LOWEST,
+    accumulator,
+    aot_inputs,
+    aot_names,
+    cells,
+    forward_configuration,
+    geometry,
+    layout,
+    load_rows,
+    log2,
+    logits,
+    offsets,
+    parts_for,
+    parts_of,
+    pixel_offsets,
+    products,
+    scale_of,
+    scaled,
+    sum_parts,
+    total,
+    weight_rows,
+    widths,
+)
 from ._launch import Launch
 
 __all__ = ["aot_cases", "backward", "forward"]
@@ -123,7 +145,7 @@ def _forward(
                 picked += tl.sum(tl.where(classes[None, :] == (label - first - FIRSTS[t])[:, None], z, 0.0), 1)
                 if SMOOTHING > 0.0:
                     smooth += _smoothed(z, class_weight, first + FIRSTS[t], K)
-        log_sum = top + log2(exps, ACC)
+        log_sum = top + log2(exps)
         w = _class_weight(class_weight, label, counts, ACC)
         pixel_loss = (1.0 - SMOOTHING) * w * (log_sum - picked)
         if SMOOTHING > 0.0:
@@ -146,7 +168,7 @@ def _pixel(
     image, i, j, inside, dy, dx, full_size, ignore_index,
     R: tl.constexpr, K: tl.constexpr, SMOOTHING: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of one sub-pixel of every cell: log2-sum-exp, label, and the factors of dz: of p, at the label, of all classes."""
+    """Of a sub-pixel of every cell: log2-sum-exp, label, and the factors of dz: of p, at the label, of all classes."""
     y = i * R + dy
     x = j * R + dx
     label, counts = _label(
@@ -191,8 +213,8 @@ def _backward_x(
     count, size, reciprocals, full_size, parts, slices, ignore_index,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr, SLICE_C: tl.constexpr, WIDTHS: tl.constexpr, FIRSTS: tl.constexpr, SPAN: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_OUT: tl.constexpr, ALIGN_W: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """grad_x; with WHOLE unset, part after part, sums over some of the sub-pixels."""
     program = tl.program_id(0)
@@ -231,7 +253,7 @@ def _backward_x(
         if unit is not None:
             acc *= tl.load(unit)
     channel = slice_ + tl.arange(0, SLICE_C)
-    at = offsets(grad_x_strides, image, i, j, ALIGN) + part.to(tl.int64) * part_stride
+    at = offsets(grad_x_strides, image, i, j, ALIGN_OUT) + part.to(tl.int64) * part_stride
     pointers = grad_x + at[:, None] + (channel.to(at.dtype) * grad_x_strides[1])[None, :]
     tl.store(pointers, acc.to(grad_x.dtype.element_ty), mask=inside[:, None] & (channel < C)[None, :])
 
@@ -264,7 +286,9 @@ def _backward_weight(
     for g in tl.static_range(GROUP):
         w = 0
         if C <= BLOCK_C:
-            w_rows, w_inside = weight_rows(weight_strides, (dy * R + group * GROUP + g) * K, first, K, WIDTH, ALIGN_W, WIDE)
+            w_rows, w_inside = weight_rows(
+                weight_strides, (dy * R + group * GROUP + g) * K, first, K, WIDTH, ALIGN_W, WIDE
+            )
             w = load_rows(weight, w_rows, w_inside, 0, weight_strides[1], C, BLOCK_C)
         weights = weights + (w,)  # noqa: RUF005
         sums = sums + (tl.zeros([SLICE_C, WIDTH], ACC),)  # noqa: RUF005
@@ -443,7 +467,7 @@ def _plan_backward(
     parts = parts_for(programs, scale_factor**2, grad_x)
     target_x = grad_x if parts == 1 else parts_of(grad_x, parts, sums)
     args |= {"grad_x": target_x, "grad_x_strides": grad_x.stride(), "part_stride": grad_x.numel()}
-    args |= {"parts": parts, "slices": slices, "WHOLE": parts == 1}
+    args |= {"parts": parts, "slices": slices, "WHOLE": parts == 1, "ALIGN_OUT": layout(grad_x)}
     launches = [Launch(_backward_x, (programs * parts,), args, num_warps, num_stages)]
     if parts > 1:
         launches.append(sum_parts(grad_x, target_x, *finish))
@@ -527,14 +551,12 @@ def aot_cases() -> list[tuple[str, Launch]]:
     cases = []
     for dtype, kind, channels, classes in aot_names():
         t = aot_inputs(dtype, kind, channels, classes)
-        parameters = (t["bias"], t["temperature"], None)
+        gradients = (t["x"], t["weight"], t["bias"], t["temperature"])
+        inputs = (t["x"], t["weight"], t["target"], t["bias"], t["temperature"], None)
         launches = [
-            *_plan_forward(t["scalar"], t["scalar"], t["map"], t["x"], t["weight"], t["target"], *parameters, 16, 255, 0.0),
-            *_plan_backward(
-                t["x"], t["weight"], t["bias"], t["temperature"], t["scalar"], t["x"], t["weight"], t["target"],
-                *parameters, t["map"], 16, 255, 0.0,
-            ),
-        ]  # fmt: skip
+            *_plan_forward(t["scalar"], t["scalar"], t["map"], *inputs, 16, 255, 0.0),
+            *_plan_backward(*gradients, t["scalar"], *inputs, t["map"], 16, 255, 0.0),
+        ]
         for launch in launches:
             name = launch.kernel.fn.__name__.removeprefix("_")
             if name in ("forward", "backward_x", "backward_weight"):
