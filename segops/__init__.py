@@ -6,7 +6,7 @@ call runs it (:func:`explain` says which, and why not the others), else the plai
 
 from __future__ import annotations
 
-from . import compat, metrics, nn, ops, reference
+from . import compat, dupsampling, metrics, nn, ops, reference
 from ._dispatch import BackendError, explain, record, use_backend
 from ._info import info
 from .ops.local_attention import local_attention
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "compat",
+    "dupsampling",
     "explain",
     "info",
     "local_attention",
