@@ -19,6 +19,8 @@ from torch import Tensor
 
 from . import _checks, _native
 from .metrics import ConfusionMatrix, Scores
+from .ops.dupsample_argmax import dupsample_argmax
+from .ops.upsample_argmax import upsample_argmax
 
 __all__ = ["DUpsamplingFit", "Reconstruction", "fit", "reconstruct", "roundtrip"]
 
@@ -28,7 +30,6 @@ IGNORE = ("zero", "background", "drop_window")
 _DENSE = 6144  # entries of a window up to which the covariance is stored: 0.3 GB in float64
 _LANCZOS = 512  # entries from which a few eigenvectors are cheaper than all
 _FLUSH = 1 << 22  # corners that wait for the covariance
-_DECODED = 1 << 24  # entries of reconstructed windows held at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,25 +342,19 @@ class _Codec:
 
     def __call__(self, name: str, array: np.ndarray) -> tuple[Tensor, dict[int, Tensor]]:
         fit, (height, width) = self.fit, array.shape
-        r, k = fit.scale_factor, fit.num_classes
+        r = fit.scale_factor
         h, w = -(-height // r), -(-width // r)
         self.windows.clear()
         _add(self.function, self.windows, name, array, fit.ignore_index, self.ignore)
         codes = torch.from_numpy(self.windows.product(self.table, _threads()) - self.offset).float()
-        decoded = {channels: torch.empty(h * w, r, r, dtype=torch.int64) for channels in self.channels}
-        step = max(1, _DECODED // len(fit.bias))
-        for first in range(0, h * w, step):
-            part = slice(first, first + step)
-            out, done = fit.bias.expand(len(codes[part]), -1), 0
-            for channels in self.channels:
-                out = torch.addmm(out, codes[part, done:channels], fit.weight[:, done:channels].T)
-                decoded[channels][part] = out.view(-1, r, r, k).argmax(-1)
-                done = channels
-        maps = {
-            channels: cells.view(h, w, r, r).transpose(1, 2).reshape(h * r, w * r)[:height, :width]
-            for channels, cells in decoded.items()
+        x = codes.view(1, h, w, -1).permute(0, 3, 1, 2)
+        decoded = {
+            channels: dupsample_argmax(
+                x[:, :channels], fit.weight[:, :channels], fit.bias, scale_factor=r, size=(height, width)
+            )[0]
+            for channels in self.channels
         }
-        return self._bilinear(array, h, w), maps
+        return self._bilinear(array, h, w), decoded
 
     def _bilinear(self, array: np.ndarray, h: int, w: int) -> Tensor:
         r, k = self.fit.scale_factor, self.fit.num_classes
@@ -369,10 +364,8 @@ class _Codec:
         cell = np.arange(h * r)[:, None] // r * w + np.arange(w * r) // r
         counts = np.bincount((cell * (k + 1) + padded).ravel(), minlength=h * w * (k + 1)).reshape(h, w, k + 1)[..., :k]
         shares = torch.from_numpy(counts / np.maximum(counts.sum(-1, keepdims=True), 1)).float()
-        upsampled = torch.nn.functional.interpolate(
-            shares.permute(2, 0, 1)[None], (h * r, w * r), mode="bilinear", align_corners=False
-        )
-        return upsampled[0, :, : array.shape[0], : array.shape[1]].argmax(0)
+        upsampled = upsample_argmax(shares.permute(2, 0, 1)[None], (h * r, w * r))  # cells are r apart, then cropped
+        return upsampled[0, : array.shape[0], : array.shape[1]]
 
 
 def _windows(function: str, num_classes: int, scale_factor: int) -> Any:
