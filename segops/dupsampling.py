@@ -40,7 +40,7 @@ class DUpsamplingFit:
         weight: [r²K, C~] float32, W; with "pca" its columns are orthonormal, leading directions first.
         bias: [r²K] float32: the mean of v with "pca", zeros with "sgd", which does not centre.
         projection: [C~, r²K] float32, P; with "pca" the transpose of W.
-        explained_variance: [C~] float64: with "pca" the eigenvalues of the covariance E (v-m)(v-m)ᵀ, largest first; with
+        explained_variance: [C~] float64, largest first: with "pca" the eigenvalues of the covariance E (v-m)(v-m)ᵀ, with
             "sgd" those of the covariance within the span of W.
         total_variance: Trace of the covariance.
         num_windows: Windows learned from.
@@ -104,7 +104,7 @@ def fit(
     ignore_index: int = 255,
     seed: int = 0,
     epochs: int = 5,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     batch_size: int = 256,
     progress: bool = True,
 ) -> DUpsamplingFit:
@@ -115,9 +115,9 @@ def fit(
     vectors of r²K.
 
     Args:
-        labels: Label maps [H, W] of any sizes and integer dtypes: numpy arrays, tensors, paths of one-channel images or
-            .npy files, or batches [N, H, W], in any iterable, also one that can be read only once. Below and to the right
-            a map is padded with ignored pixels to a multiple of r.
+        labels: Label maps [H, W] of any sizes and integer dtypes, in any iterable, also one that can be read only once:
+            numpy arrays, tensors, paths of one-channel images or .npy files, or batches [N, H, W] of these. Below and to
+            the right a map is padded with ignored pixels to a multiple of r.
         num_classes: K.
         scale_factor: r.
         channels: C~, at most r²K.
@@ -128,12 +128,12 @@ def fit(
         ignore_index: Label of ignored pixels.
         seed: Of PCA's first vector and of SGD's initialisation and order. Equal seeds give equal bits on one machine.
         epochs: Of "sgd".
-        lr: Of "sgd".
+        lr: First learning rate of "sgd"; it falls to zero polynomially.
         batch_size: Windows per step of "sgd".
         progress: Show progress bars, if tqdm is installed.
 
     Returns:
-        The matrices; in each column of "pca" the entry of largest magnitude is positive.
+        The matrices; in each column of "pca" the entry of largest magnitude (the first of equal ones) is positive.
 
     Raises:
         ValueError: no label map, no window left, a label that is neither in [0, K) nor ignore_index (the message names
@@ -153,15 +153,15 @@ def fit(
         ("epochs", epochs), ("batch_size", batch_size),
     ):  # fmt: skip
         _checks.positive("fit", name, value)
+    if num_classes < 2:
+        raise ValueError(f"fit: num_classes must be at least 2, got {num_classes}")
     _checks.choice("fit", "method", method, METHODS)
     _checks.choice("fit", "ignore", ignore, IGNORE)
     if not lr > 0:
         raise ValueError(f"fit: lr must be positive, got {lr}")
     entries = scale_factor**2 * num_classes
     if channels > entries:
-        raise ValueError(
-            f"fit: channels must be at most scale_factor² * num_classes = {entries}, the length of a window, got {channels}"
-        )
+        raise ValueError(f"fit: channels must be at most scale_factor² * num_classes = {entries}, got {channels}")
     windows = _windows("fit", num_classes, scale_factor)
     gram = np.zeros((entries, entries), np.uint32) if method == "pca" and entries <= _DENSE else None
     if gram is None and method == "pca":
@@ -202,7 +202,9 @@ def fit(
                 variances, vectors = _dense_pca(gram, grid, mean, count, channels, seed, bar)
             else:
                 variances, vectors = _sparse_pca(windows, grid, mean, count, channels, seed, bar)
-        vectors *= np.where(vectors[np.abs(vectors).argmax(0), np.arange(channels)] < 0, -1.0, 1.0)
+        size = np.abs(vectors)
+        largest = (size > (1 - 1e-6) * size.max(0)).argmax(0)  # the first of those that differ by rounding only
+        vectors *= np.where(vectors[largest, np.arange(channels)] < 0, -1.0, 1.0)
         weight, bias = torch.from_numpy(vectors).float(), torch.from_numpy(mean).float()
         projection = weight.T.contiguous()
     return DUpsamplingFit(
@@ -262,8 +264,8 @@ def reconstruct(
         labels: As for :func:`fit`. Ignored pixels are not counted; in v they are what ``fit.ignore`` says, zeros for
             "drop_window".
         fit: Learned matrices.
-        channels: C~ to count, each at most that of the fit; None means that of the fit. Principal components are nested,
-            so one fit serves all; a fit by "sgd" serves only its own C~.
+        channels: C~ to count, each at most that of the fit; None means that of the fit. Principal components are
+            nested, so one fit serves all; a fit by "sgd" serves only its own C~.
         class_names: K names for the scores.
         progress: Show a progress bar, if tqdm is installed.
 
@@ -395,32 +397,32 @@ def _maps(function: str, labels: Iterable[Any]) -> Iterator[tuple[str, np.ndarra
     """(name, [H, W] uint8 or int64, contiguous) of each label map."""
     index = 0
     for item in [labels] if _is_single(labels) else labels:
-        if isinstance(item, (str, Path)):
-            where = f"label map {index} ({item})"
-            array = _read(function, where, Path(item))
+        source = f" ({item})" if isinstance(item, (str, Path)) else ""
+        name = f"label map {index}{source}"
+        if source:
+            array = _read(function, name, Path(item))
         else:
-            where = f"label map {index}"
             array = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
         if array.dtype.kind not in "iub":
-            raise TypeError(f"{function}: {where} must have an integer dtype, got {array.dtype}")
+            raise TypeError(f"{function}: {name} must have an integer dtype, got {array.dtype}")
         if array.ndim not in (2, 3):
-            raise ValueError(f"{function}: {where} must be [H, W], got shape {array.shape}")
-        array = np.ascontiguousarray(array, np.uint8 if array.dtype.itemsize == 1 and array.dtype.kind != "i" else np.int64)
+            raise ValueError(f"{function}: {name} must be [H, W], got shape {array.shape}")
+        array = np.ascontiguousarray(array, np.uint8 if array.dtype in (np.uint8, np.bool_) else np.int64)
         for one in array if array.ndim == 3 else (array,):
-            yield where if array.ndim == 2 else f"label map {index}", one
+            yield f"label map {index}{source}", one
             index += 1
 
 
-def _read(function: str, where: str, path: Path) -> np.ndarray:
+def _read(function: str, name: str, path: Path) -> np.ndarray:
     try:
         if path.suffix == ".npy":
             return np.load(path)
-        with _optional("PIL.Image", f"{function}: {where}").open(path) as file:
+        with _optional("PIL.Image", f"{function}: {name}").open(path) as file:
             array = np.asarray(file)
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{function}: {where} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{function}: {name} cannot be read: {str(error).splitlines()[0]}") from error
     if array.ndim != 2:
-        raise ValueError(f"{function}: {where} must have one channel of class ids, got shape {array.shape}")
+        raise ValueError(f"{function}: {name} must have one channel of class ids, got shape {array.shape}")
     return array
 
 
@@ -469,7 +471,7 @@ def _suffix_sums(table: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
 def _dense_pca(
     gram: np.ndarray, grid: tuple[int, int, int], mean: np.ndarray, count: int, channels: int, seed: int, bar: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues [C~], largest first, and eigenvectors [N, C~], from the corners' Gram matrix, which is overwritten."""
+    """Eigenvalues [C~], largest first, and eigenvectors [N, C~]; overwrites the corners' Gram matrix."""
     r, _, k = grid
     _prefix_sums(gram.reshape(r, r, -1))
     _prefix_sums(gram.reshape(-1, r, r, k), axis=1)
@@ -523,7 +525,9 @@ def _descend(
         torch.nn.init.kaiming_normal_(matrix, generator=generator)
         matrix.requires_grad_()
     optimizer = torch.optim.Adam([projection, weight], lr=lr)
-    with torch.enable_grad(), _bar(progress, "SGD", "step", epochs * -(-len(windows) // batch_size)) as bar:
+    steps = epochs * -(-len(windows) // batch_size)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
+    with torch.enable_grad(), _bar(progress, "SGD", "step", steps) as bar:
         for _ in range(epochs):
             for indices in torch.randperm(len(windows), generator=generator).split(batch_size):
                 v = torch.from_numpy(windows.one_hot(indices.numpy(), _threads()))
@@ -531,5 +535,6 @@ def _descend(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                schedule.step()
                 bar.update()
     return weight.detach(), projection.detach()
