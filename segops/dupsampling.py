@@ -40,8 +40,8 @@ class DUpsamplingFit:
         weight: [r²K, C~] float32, W; with "pca" its columns are orthonormal, leading directions first.
         bias: [r²K] float32: the mean of v with "pca", zeros with "sgd", which does not centre.
         projection: [C~, r²K] float32, P; with "pca" the transpose of W.
-        explained_variance: [C~] float64, largest first: with "pca" the eigenvalues of the covariance E (v-m)(v-m)ᵀ, with
-            "sgd" those of the covariance within the span of W.
+        explained_variance: [C~] float64, largest first: with "pca" the eigenvalues of the covariance
+            E (v - m)(v - m)ᵀ, with "sgd" those of the covariance within the span of W.
         total_variance: Trace of the covariance.
         num_windows: Windows learned from.
         num_classes: K.
@@ -115,9 +115,9 @@ def fit(
     vectors of r²K.
 
     Args:
-        labels: Label maps [H, W] of any sizes and integer dtypes, in any iterable, also one that can be read only once:
-            numpy arrays, tensors, paths of one-channel images or .npy files, or batches [N, H, W] of these. Below and to
-            the right a map is padded with ignored pixels to a multiple of r.
+        labels: Label maps [H, W] of any sizes and integer dtypes, in any iterable, also one that can be read only
+            once: numpy arrays, tensors, paths of one-channel images or .npy files, or batches [N, H, W] of these. Below
+            and to the right a map is padded with ignored pixels to a multiple of r.
         num_classes: K.
         scale_factor: r.
         channels: C~, at most r²K.
@@ -400,7 +400,7 @@ def _maps(function: str, labels: Iterable[Any]) -> Iterator[tuple[str, np.ndarra
         source = f" ({item})" if isinstance(item, (str, Path)) else ""
         name = f"label map {index}{source}"
         if source:
-            array = _read(function, name, Path(item))
+            array = _read(function, name, Path(str(item)))
         else:
             array = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
         if array.dtype.kind not in "iub":
