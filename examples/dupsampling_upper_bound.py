@@ -6,14 +6,16 @@
 
 Learns W and P from the label maps of train by PCA (segops.dupsampling.fit) and counts mIoU of
 argmax(W P (v - m) + m) for each number of channels C~, against window means upsampled bilinearly. Into --out go
-table.txt and reconstructions.png. Wrong data: one line on stderr, exit code 2, and nothing is written.
+table.txt (or --table) and reconstructions.png. Wrong data: one line on stderr, exit code 2, and nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -51,16 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dupsampling_upper_bound.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     out = args.out or Path("runs") / f"upper_bound_{args.data.resolve().name if args.data else 'scenes'}"
-    out.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "examples/dupsampling_upper_bound.py", *(sys.argv[1:] if argv is None else argv)])
-    about = f"segops {segops.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-    about += f"{torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s"
+    table = args.table or out / "table.txt"
+    for folder in (out, table.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     print("\n".join(lines))
-    with atomic(out / "table.txt") as path:
-        path.write_text("\n".join([f"# {command}", f"# {about}", "", *lines]) + "\n")
+    command = shlex.join(["python", "examples/dupsampling_upper_bound.py", *(sys.argv[1:] if argv is None else argv)])
+    with atomic(table) as path:
+        path.write_text("\n".join([f"# {command}", f"# {about(time.perf_counter() - start)}", "", *lines]) + "\n")
     with atomic(out / "reconstructions.png") as path:
         draw(path, splits["val"][shown][1], pictures, classes)
-    print(f"\nwritten: {out / 'table.txt'}, {out / 'reconstructions.png'}")
+    print(f"\nwritten: {table}, {out / 'reconstructions.png'}")
     return 0
 
 
@@ -71,6 +73,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder in CamVid layout; without it, made-up scenes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/upper_bound_<name of the data>")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="default: table.txt in --out")
     parser.add_argument("--ignore-index", type=int, metavar="ID", help="unlabelled (default: classes.json's, else 255)")
     parser.add_argument(
         "--num-classes", type=at_least(2), metavar="K", help="default: classes.json's, else as labelled"
@@ -88,6 +91,14 @@ def arguments() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=float, default=0.07, help="SGD's, falls polynomially (%(default)s, the paper's)")
     group.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="default: %(default)s")
     return parser
+
+
+def about(seconds: float) -> str:
+    parts = [f"segops {segops.__version__}", f"torch {torch.__version__}", f"Python {platform.python_version()}"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        parts.append(f"commit {subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()}")
+    return ", ".join([*parts, f"{torch.get_num_threads()} threads", f"{seconds:.0f} s"])
 
 
 def open_splits(args: argparse.Namespace) -> tuple[Classes, dict[str, Pairs]]:
