@@ -36,6 +36,7 @@ ALLOWED = {
     "segops/_checks.py": set(),
     "segops/testing.py": set(),
     "segops/metrics.py": {"segops.ops"},
+    "segops/dupsampling.py": {"segops.ops", "segops.metrics", "segops._native", "segops._checks"},
 }
 THIRD_PARTY = {
     "segops/reference": {"torch"},
