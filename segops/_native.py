@@ -20,6 +20,12 @@ def why_not(module: str) -> str | None:
     return _reasons[module]
 
 
+def has(op: str, key: str) -> bool:
+    """Whether a compiled ``op`` ("namespace::name") was loaded for a dispatch key."""
+    namespace, name = op.split("::")
+    return hasattr(getattr(torch.ops, namespace), name) and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
 def cpu_isa(cap: str | None = None) -> str:
     """The instruction set the CPU kernels run with; ``cap`` first sets the highest one allowed.
 
