@@ -2,7 +2,7 @@
 
 python benchmarks/complexity.py            every table
 
-A module runs on the meta device: nothing is computed, hooks count what each layer would do. The convention differs by
+A module runs on fake tensors: nothing is computed, hooks count what each layer would do. The convention differs by
 paper and stands above each table.
 """
 
@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from segops.nn import DUpsampling, DUpsamplingDecoder
+
+FAKE = FakeTensorMode()
 
 
 @dataclass(frozen=True)
@@ -137,15 +140,16 @@ def _decoder(
 ) -> tuple[Operations, DUpsamplingDecoder]:
     """The decoder over low-level features (channels, stride), and what its loss or prediction does for one image."""
     maps = (*low, (256, 16))
-    with torch.device("meta"):
+    with FAKE:
         head = DUpsamplingDecoder([c for c, _ in maps], classes, strides=[s for _, s in maps], **options).eval()
         features = [torch.empty(1, c, *_cells(image, s)) for c, s in maps]
-    return count(lambda: head(features), head), head
+        return count(lambda: head(features), head), head
 
 
 def _tail(head: DUpsamplingDecoder, image: tuple[int, int]) -> Operations:
     tail = nn.Sequential(head.project, head.upsample)
-    return count(lambda: tail(torch.empty(1, 256, *_cells(image, 16), device="meta")), tail)
+    with FAKE:
+        return count(lambda: tail(torch.empty(1, 256, *_cells(image, 16))), tail)
 
 
 def _cells(image: tuple[int, int], stride: int) -> list[int]:
