@@ -15,7 +15,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -247,7 +246,6 @@ def _lowered(arg: Any, dtype: torch.dtype) -> Any:
 
 
 def backends(
-    kernel: str,
     *,
     native: Compiled,
     triton: Callable[..., Any],
@@ -257,23 +255,19 @@ def backends(
     """The table of an op.
 
     Args:
-        kernel: The module of ``segops.kernels``.
         native: What runs the compiled op.
         triton: Function of the op's arguments that runs the kernel.
         why_not: Why the arguments are refused, by any.
         cuda: What runs the CUDA row, where that is not ``native``; or why there is none.
     """
-    no_kernel = None if (_KERNELS / f"{kernel}.py").exists() else f"segops.kernels has no {kernel}"
     # Triton first until a GPU has measured the order.
     return {
         "cpu": [
             compiled_row("cpu", native, "segops_C", _native.why_not("_C"), why_not),
-            Backend(
-                "triton-interpret", triton, lambda: no_kernel or _interpreter_missing(), why_not, by_name_only=True
-            ),
+            Backend("triton-interpret", triton, _interpreter_missing, why_not, by_name_only=True),
         ],
         "cuda": [
-            Backend("triton", triton, lambda: no_kernel or _triton_missing(), why_not),
+            Backend("triton", triton, _triton_missing, why_not),
             Backend("cuda", None, lambda: cuda)
             if isinstance(cuda, str)
             else compiled_row("cuda", cuda or native, "segops_C", _native.why_not("_C_cuda"), why_not),
@@ -309,9 +303,6 @@ def _interpreter_missing() -> str | None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton interpreter is off (set TRITON_INTERPRET=1 before the first import of triton)"
     return _triton_missing()
-
-
-_KERNELS = Path(__file__).with_name("kernels")
 
 
 @functools.cache

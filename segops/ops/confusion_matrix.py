@@ -93,7 +93,6 @@ OP = Op(
     reference=reference,
     fake=_fake,
     backends=_dispatch.backends(
-        NAME,
         native=Compiled(NAME, _native),
         triton=_triton,
         cuda="no CUDA C++: counting is bound by the bytes of the labels",

@@ -204,7 +204,6 @@ OP = Op(
     reference=reference,
     fake=_fake,
     backends=_dispatch.backends(
-        "dupsample",
         native=Compiled("dupsample", _native),
         triton=_triton,
         cuda=Compiled("dupsample_rearrange", _cuda),
@@ -221,7 +220,6 @@ BACKWARD = Op(
     reference=_reference_backward,
     fake=_fake_backward,
     backends=_dispatch.backends(
-        "dupsample",
         native=Compiled("dupsample_backward", _native_backward),
         triton=_triton_backward,
         cuda=Compiled("dupsample_rearrange_backward", _cuda_backward),

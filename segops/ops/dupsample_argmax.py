@@ -129,7 +129,6 @@ OP = Op(
     reference=reference,
     fake=_empty,
     backends=_dispatch.backends(
-        NAME,
         native=Compiled(NAME, _native),
         triton=_triton,
         cuda="no CUDA C++: its matrix product wants tensor cores, which are Triton's",

@@ -197,7 +197,7 @@ OP = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends=_dispatch.backends(NAME, native=Compiled(NAME, _native), triton=_triton, cuda=NO_CUDA, why_not=why_not),
+    backends=_dispatch.backends(native=Compiled(NAME, _native), triton=_triton, cuda=NO_CUDA, why_not=why_not),
     autocast=("x", "weight", "bias"),
 )
 OP.register_autograd(_backward, _setup_context)
@@ -210,7 +210,6 @@ BACKWARD = Op(
     reference=_reference_backward,
     fake=_fake_backward,
     backends=_dispatch.backends(
-        NAME,
         native=Compiled(f"{NAME}_backward", _native_backward),
         triton=_triton_backward,
         cuda=NO_CUDA,

@@ -247,7 +247,6 @@ OP = Op(
     reference=reference,
     fake=_fake,
     backends=_dispatch.backends(
-        "local_attention",
         native=Compiled("local_attention", _native_forward),
         triton=_triton_forward,
         why_not=_why_not,
@@ -263,7 +262,6 @@ BACKWARD = Op(
     reference=_reference_backward,
     fake=_fake_backward,
     backends=_dispatch.backends(
-        "local_attention",
         native=Compiled("local_attention_backward", _native_backward),
         triton=_triton_backward,
         why_not=_why_not_backward,

@@ -149,7 +149,6 @@ OP = Op(
     reference=reference,
     fake=_empty,
     backends=_dispatch.backends(
-        NAME,
         native=Compiled(NAME, _native),
         triton=_triton,
         cuda="no CUDA C++: no halo and no gather, nothing that Triton does badly",
