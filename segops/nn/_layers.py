@@ -65,7 +65,8 @@ class BilinearUpsampling(nn.Module):
 
     @torch.no_grad()
     def predict(self, logits: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return upsample_argmax(logits, logits.shape[2:] if size is None else size, align_corners=self.align_corners)
+        size = (logits.shape[2], logits.shape[3]) if size is None else size
+        return upsample_argmax(logits, size, align_corners=self.align_corners)
 
 
 def init_gaussian(module: nn.Module, std: float = 0.1) -> None:
@@ -118,18 +119,16 @@ def check_features(name: str, features: Sequence[Tensor], in_channels: Sequence[
         check_map(name, f"features[{i}]", feature, width)
 
 
-def check_labels(name: str, target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Layout and dtype; on the CPU the values too."""
-    if target.dim() == 4 and target.shape[1] == 1:
-        raise ValueError(f"{name}: target must be [N, H, W], got {tuple(target.shape)}; pass target.squeeze(1)")
-    if target.dim() != 3:
-        raise ValueError(f"{name}: target must be [N, H, W], got {tuple(target.shape)}")
-    if target.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-        raise TypeError(f"{name}: target must have an integer dtype up to int64, got {target.dtype}")
-    if target.device.type != "cpu":
-        return
-    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if wrong.any():
-        raise ValueError(
-            f"{name}: target must be in [0, {num_classes}) or ignore_index={ignore_index}, got {target[wrong][0].item()}"
-        )
+def read_labels(function: str, name: str, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """[N, H, W] labels as int64, and where they are in [0, K) and not ignored; on the CPU any other is an error."""
+    _checks.labels(function, name, labels, "[N, H, W]")
+    labels = labels.long()  # or -100 would equal 156 in uint8
+    ignored = labels == ignore_index
+    known = (labels >= 0) & (labels < num_classes) & ~ignored
+    if labels.device.type == "cpu":
+        wrong = labels[~(known | ignored)]
+        if wrong.numel():
+            raise ValueError(
+                f"{function}: {name} must be in [0, {num_classes}) or ignore_index={ignore_index}, got {int(wrong[0])}"
+            )
+    return labels, known

@@ -1,4 +1,4 @@
-"""DUpsampling: labels are decoded from a low-resolution map by a matrix learned from labels (Tian et al., DUpsampling)."""
+"""DUpsampling: a matrix learned from labels turns a low-resolution map into pixels (Tian et al., DUpsampling)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ._layers import (
     check_classes,
     check_features,
     check_in_channels,
-    check_labels,
     check_map,
     check_strides,
     conv_bn,
     init_gaussian,
+    read_labels,
     resize,
     separable_conv_bn,
 )
@@ -171,13 +171,10 @@ class DUpsampling(nn.Module):
                                        temperature=self.temperature, **ce)  # fmt: skip
 
     @torch.no_grad()
-    def predict(
-        self, x: Tensor, size: tuple[int, int] | None = None, *, return_confidence: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The argmax of the logits; arguments and results as in :func:`segops.dupsample_argmax`."""
+    def predict(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """The argmax of the logits: [N, H, W], uint8 for up to 255 classes, else int64; ``size`` as in forward."""
         return dupsample_argmax(x, self.weight, self.bias, scale_factor=self.scale_factor,
-                                temperature=self.temperature, size=size,
-                                return_confidence=return_confidence)  # fmt: skip
+                                temperature=self.temperature, size=size)  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
@@ -266,6 +263,8 @@ class DUpsamplingDecoder(nn.Module):
         check_strides(name, in_channels, strides)
         check_classes(name, num_classes)
         _checks.choice(name, "upsampler", upsampler, UPSAMPLERS)
+        for argument, width in (("channels", channels), ("low_channels", low_channels), ("dup_channels", dup_channels)):
+            _checks.positive(name, argument, width)
         if upsampler == "bilinear" and scale_factor is not None:
             raise ValueError(f"{name}: scale_factor belongs to upsampler='dup', got {scale_factor} with 'bilinear'")
         scale_factor = strides[-1] if scale_factor is None else scale_factor
@@ -364,7 +363,7 @@ class CompressedLabelLoss(nn.Module):
     Example:
         >>> from types import SimpleNamespace
         >>> from segops.nn import CompressedLabelLoss
-        >>> fit = SimpleNamespace(projection=torch.randn(8, 4 * 4 * 3), bias=torch.zeros(48), num_classes=3, scale_factor=4)
+        >>> fit = SimpleNamespace(projection=torch.randn(8, 48), bias=torch.zeros(48), num_classes=3, scale_factor=4)
         >>> loss = CompressedLabelLoss(fit)
         >>> target = torch.zeros(2, 15, 20, dtype=torch.uint8)
         >>> loss(torch.randn(2, 8, 4, 5), target).shape
@@ -387,17 +386,16 @@ class CompressedLabelLoss(nn.Module):
         # The last row is that of ignored pixels.
         self.register_buffer("table", torch.cat([projection.t(), projection.new_zeros(1, projection.shape[0])]))
         mean = projection.new_zeros(rows) if fit.bias is None else torch.as_tensor(fit.bias).float()
-        self.register_buffer("offset", projection @ mean)
+        self.register_buffer("offset", (projection.double() @ mean.double()).float())
 
     def compress(self, target: Tensor, *, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
         """Compressed labels P (v - m) [N, C, h, w], and which cells have a labelled pixel, bool [N, h, w]."""
-        check_labels(f"{type(self).__name__}.compress", target, self.num_classes, ignore_index)
+        labels, known = read_labels(f"{type(self).__name__}.compress", "target", target, self.num_classes, ignore_index)
         r, (n, height, width) = self.scale_factor, target.shape
         h, w = -(-height // r), -(-width // r)
         y, x = (torch.arange(side, device=target.device) % r for side in (height, width))
-        rows = target.long() + (y[:, None] * r + x) * self.num_classes
         nothing = self.table.shape[0] - 1
-        rows = rows.masked_fill(target == ignore_index, nothing)
+        rows = (labels + (y[:, None] * r + x) * self.num_classes).masked_fill(~known, nothing)
         rows = F.pad(rows, (0, w * r - width, 0, h * r - height), value=nothing)
         windows = rows.view(n, h, r, w, r).transpose(2, 3).reshape(n * h * w, r * r)
         compressed = F.embedding_bag(windows, self.table, mode="sum", padding_idx=nothing) - self.offset

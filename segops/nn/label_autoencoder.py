@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from ._layers import BilinearUpsampling, check_classes, check_labels, conv_bn, init_gaussian
+from ._layers import BilinearUpsampling, check_classes, conv_bn, init_gaussian, read_labels
 from .dupsampling import UPSAMPLERS, DUpsampling
 
 __all__ = ["LabelAutoencoder"]
@@ -64,10 +64,11 @@ class LabelAutoencoder(nn.Module):
         self.num_classes, self.output_stride, self.upsampler = num_classes, output_stride, upsampler
         widths = (num_classes, 64, 128, 256, 256, 256)
         strides = (2, 2, 2, 2, output_stride // 16)
-        self.encoder = nn.ModuleList(
+        self.stem, *stages = (
             conv_bn(a, b, 3, stride=stride, norm_layer=norm_layer)
             for a, b, stride in zip(widths, widths[1:], strides, strict=False)
         )
+        self.stages = nn.Sequential(*stages)
         self.project = nn.Conv2d(widths[-1], dup_channels if upsampler == "dup" else num_classes, 1)
         init_gaussian(self)
         self.upsample: DUpsampling | BilinearUpsampling
@@ -78,16 +79,13 @@ class LabelAutoencoder(nn.Module):
 
     def encode(self, labels: Tensor, ignore_index: int = 255) -> Tensor:
         """[N, H, W] integer labels to what the upsampling gets, [N, dup_channels or K, h, w]."""
-        check_labels(type(self).__name__, labels, self.num_classes, ignore_index)
-        first, *rest = self.encoder
-        x = first.act(first.bn(_one_hot_conv(labels, first.conv.weight, ignore_index)))
-        for block in rest:
-            x = block(x)
-        return self.project(x)
+        labels, known = read_labels(type(self).__name__, "labels", labels, self.num_classes, ignore_index)
+        x = self.stem[1:](_one_hot_conv(labels, known, self.stem.get_parameter("conv.weight")))
+        return self.project(self.stages(x))
 
     def forward(self, labels: Tensor, ignore_index: int = 255) -> Tensor:
         """Raw logits [N, K, H, W] of labels [N, H, W], uint8, int16, int32 or int64."""
-        return self.upsample(self.encode(labels, ignore_index), labels.shape[1:])
+        return self.upsample(self.encode(labels, ignore_index), (labels.shape[1], labels.shape[2]))
 
     def loss(self, labels: Tensor, ignore_index: int = 255, **ce: Any) -> Tensor:
         """Cross-entropy of the logits against the labels themselves; ``ce`` as for the decoder's loss."""
@@ -96,15 +94,15 @@ class LabelAutoencoder(nn.Module):
     @torch.no_grad()
     def predict(self, labels: Tensor, ignore_index: int = 255) -> Tensor:
         """The labels that come back, [N, H, W], uint8 for up to 255 classes."""
-        return self.upsample.predict(self.encode(labels, ignore_index), labels.shape[1:])
+        return self.upsample.predict(self.encode(labels, ignore_index), (labels.shape[1], labels.shape[2]))
 
 
-def _one_hot_conv(labels: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
+def _one_hot_conv(labels: Tensor, known: Tensor, weight: Tensor) -> Tensor:
     """``conv2d(one_hot(labels), weight, stride=2, padding=1)`` for a 3x3 kernel, without the one-hot map."""
     channels, classes = weight.shape[:2]
     nothing = 9 * classes
     table = torch.cat([weight.permute(2, 3, 1, 0).reshape(nothing, channels), weight.new_zeros(1, channels)])
-    padded = F.pad(labels.long().masked_fill(labels == ignore_index, nothing), (1, 1, 1, 1), value=nothing)
+    padded = F.pad(labels.masked_fill(~known, nothing), (1, 1, 1, 1), value=nothing)
     taps = padded.unfold(1, 3, 2).unfold(2, 3, 2)
     n, h, w = taps.shape[:3]
     rows = taps.reshape(n * h * w, 9) + torch.arange(0, nothing, classes, device=labels.device)
