@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import segops
+from memory import peak_mib
 from network import StreetNet
 
 SIDES = ("fused", "reference")
@@ -130,33 +131,6 @@ def _peak_in_fresh_process(checkpoint: Path, side: str, image: Tensor) -> float:
     return float(run.stdout.split()[-1])
 
 
-def _peak_memory(step: Callable[[int, int], None], device: str, height: int, width: int) -> float:
-    """MiB that ``step(height, width)`` needs beyond what stays after a step on a small image."""
-    step(min(32, height), min(32, width))
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(height, width)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _high_water()
-    step(height, width)
-    return (_high_water() - before) / 2**20
-
-
-def _high_water() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: a child inherits its parent's ru_maxrss through fork and exec; VmHWM starts anew.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of one training step in this process, in MiB.")
     parser.add_argument("checkpoint", type=Path)
@@ -181,7 +155,8 @@ def _main() -> None:
         optimizer.step()
 
     with _backend(args.side):
-        print(_peak_memory(step, args.device, *size))
+        step(*(min(32, side) for side in size))
+        print(peak_mib(lambda: step(*size), args.device))
 
 
 if __name__ == "__main__":
