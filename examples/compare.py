@@ -16,7 +16,7 @@ from torch import Tensor
 
 import segops
 from memory import peak_mib
-from network import StreetNet
+from network import MODELS, StreetNet
 
 SIDES = ("fused", "reference")
 
@@ -44,7 +44,7 @@ def compare(checkpoint: Path, model: StreetNet, image: Tensor, target: Tensor, i
             logits[side] = models[side](image).detach()
             torch.manual_seed(0)
             gradients[side] = _gradients(models[side], image, target, ignore_index)
-        backends[side] = sorted({call.backend for call in log})
+        backends[side] = {call.op: call.backend for call in log}
     worst = max(gradients["fused"], key=lambda name: _difference(gradients, name))
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(rounds + 1):
@@ -72,13 +72,17 @@ def table(result: dict) -> str:
     fused, reference = result["step_ms"]["fused"], result["step_ms"]["reference"]
     less, more = result["peak_mib"]["fused"], result["peak_mib"]["reference"]
     logits, gradient = result["logits"], result["gradient"]
-    ran = {side: "+".join(names) for side, names in result["backends"].items()}
+    ran = [
+        f"  {f'{op} ran on':31}{backend:>12}{result['backends']['reference'].get(op, '-'):>12}"
+        for op, backend in result["backends"]["fused"].items()
+        if not op.endswith("_backward")
+    ]
     batch = "x".join(map(str, result["batch"]))
     return "\n".join(
         [
             f"fused against reference on {result['device']}, {result['threads']} CPU threads, batch {batch}",
             f"  {'':31}{'fused':>12}{'reference':>12}{'ratio':>9}",
-            f"  {'local_attention ran on':31}{ran['fused']:>12}{ran['reference']:>12}",
+            *ran,
             f"  {'ms per training step':31}{fused:12.1f}{reference:12.1f}{reference / fused:8.2f}x",
             f"  {'peak memory of a step, MiB':31}{less:12.1f}{more:12.1f}{more / max(less, 1e-9):8.2f}x",
             f"  largest difference of the logits   {logits['difference']:.1e}  "
@@ -141,7 +145,7 @@ def _main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     saved = torch.load(args.checkpoint, weights_only=True)
-    model = StreetNet(**saved["network"])
+    model = MODELS[saved["recipe"]["model"]].build(**saved["network"])
     model.load_state_dict(saved["model"])
     model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
