@@ -1,0 +1,100 @@
+// dupsample on the CPU (semantics: segops/reference/dupsample.py).
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/dupsample.h"
+#include "schemas.h"
+
+namespace segops {
+namespace {
+
+struct Upsampled : Dupsample {
+  using Dupsample::Dupsample;
+  Strided full;  // the output, or its gradient
+};
+
+}  // namespace
+}  // namespace segops
+
+#define SEGOPS_BODY "cpu/dupsample.body.h"
+#include "cpu/for_each_isa.h"
+
+namespace segops {
+
+double run(const Dupsample& p, const char* op, const Work& work) {
+  const Shared shared(p);
+  std::atomic<bool> failed{!shared.good};
+  for (const Chunk& chunk : p.chunks) {
+    if (failed.load()) break;
+    torch::stable::parallel_for(0, chunk.tiles(), 1, [&](int64_t begin, int64_t end) {
+      SEGOPS_ISA_CALL(pack, p, shared, chunk, begin, end);
+    });
+    torch::stable::parallel_for(0, p.pieces(), 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(failed);
+      work(shared, chunk, begin, end, scratch);
+    });
+    if (p.backward)
+      torch::stable::parallel_for(0, chunk.tiles(), 1, [&](int64_t begin, int64_t end) {
+        SEGOPS_ISA_CALL(add_pieces, p, shared, chunk, begin, end);
+      });
+  }
+  STD_TORCH_CHECK(!failed.load(), "segops.", op, ": out of memory");
+  double products[Dupsample::slices] = {}, total = 0;
+  if (p.backward)
+    torch::stable::parallel_for(0, Dupsample::slices, 1, [&](int64_t begin, int64_t end) {
+      SEGOPS_ISA_CALL(finish, p, shared, begin, end, products);
+    });
+  for (double product : products) total += product;
+  return total;
+}
+
+namespace {
+
+using torch::stable::Tensor;
+
+Upsampled problem(const Tensor& full, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& temperature, int64_t scale_factor) {
+  Upsampled p(x, weight, bias, temperature, scale_factor, full.size(2), full.size(3));
+  p.full = Strided(full);
+  p.add_map(p.full.n, p.full.y, p.full.x);
+  return p;
+}
+
+void run(const Upsampled& p, const char* op, double* product) {
+  *product = run(p, op, [&](auto& shared, auto& chunk, int64_t begin, int64_t end, Scratch& scratch) {
+    SEGOPS_ISA_CALL(work, p, shared, chunk, begin, end, scratch);
+  });
+}
+
+void dupsample(const Tensor& out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& temperature, int64_t scale_factor) {
+  Upsampled p = problem(out, x, weight, bias, temperature, scale_factor);
+  p.plan();
+  double product;
+  run(p, "dupsample", &product);
+}
+
+void dupsample_backward(const Tensor& grad_x, const Tensor& grad_weight, const Tensor& grad_bias,
+                        const Tensor& grad_temperature, const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature,
+                        int64_t scale_factor) {
+  Upsampled p = problem(grad_out, x, weight, bias, temperature, scale_factor);
+  p.gradients(grad_x, grad_weight, grad_bias, grad_temperature);
+  p.plan();
+  double product;
+  run(p, "dupsample_backward", &product);
+  if (p.grad_temperature) put(grad_temperature, -product / p.temperature);
+}
+
+}  // namespace
+}  // namespace segops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(segops_C, m) {
+  SEGOPS_DEF(m, dupsample);
+  SEGOPS_DEF(m, dupsample_backward);
+}
+STABLE_TORCH_LIBRARY_IMPL(segops_C, CPU, m) {
+  SEGOPS_IMPL(m, dupsample, segops::dupsample);
+  SEGOPS_IMPL(m, dupsample_backward, segops::dupsample_backward);
+}

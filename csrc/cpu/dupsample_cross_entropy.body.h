@@ -1,0 +1,151 @@
+// Cross entropy of dupsample's logits for one instruction set; see dupsample_cross_entropy.cpp.
+#include "cpu/dupsample_tiles.body.h"
+
+// out[i] = the label at in[offset[i]], -1 where it does not count. Returns the lowest flat[i] of a label that is no class
+// and not ignored, INT64_MAX for none.
+template <typename I>
+[[gnu::noinline]] int64_t gather_labels(const I* in, const int64_t* offset, const int64_t* flat, int64_t cells,
+                                        int64_t classes, int64_t ignored, int32_t* out) {
+  int64_t wrong = 0;
+  for (int64_t e = 0; e < cells; ++e) {
+    const int64_t label = in[offset[e]];
+    const bool valid = uint64_t(label) < uint64_t(classes) && label != ignored;
+    wrong |= !valid && label != ignored;
+    out[e] = valid ? int32_t(label) : -1;
+  }
+  int64_t lowest = INT64_MAX;
+  if (wrong)
+    for (int64_t e = 0; e < cells; ++e)
+      if (out[e] < 0 && int64_t(in[offset[e]]) != ignored) lowest = least(lowest, flat[e]);
+  return lowest;
+}
+
+template <typename T>
+struct CrossEntropyTile {
+  using A = typename Sum<T>::type;
+  static constexpr int L = Simd<A>::lanes;
+  static constexpr int64_t cells = tile_cells;
+
+  const CrossEntropy& p;
+  const Tiles<T>& tiles;
+  double loss = 0, count = 0;
+  alignas(64) int32_t label[cells];
+  alignas(64) A first[cells], second[cells], third[cells];
+
+  // Labels of one sub-pixel of the tile's cells.
+  void read_labels(const Tile& at, int64_t y, int64_t x) {
+    const Labels& from = p.labels;
+    const auto gather = [&](const auto* in) {
+      return gather_labels(in + y * from.y + x * from.x, at.map(0), at.map(3), at.cells, from.classes,
+                           from.ignore_index, label);
+    };
+    const int64_t wrong = from.kind == Labels::Kind::uint8   ? gather(static_cast<const uint8_t*>(from.data))
+                          : from.kind == Labels::Kind::int16 ? gather(static_cast<const int16_t*>(from.data))
+                          : from.kind == Labels::Kind::int32 ? gather(static_cast<const int32_t*>(from.data))
+                                                             : gather(static_cast<const int64_t*>(from.data));
+    if (wrong != INT64_MAX && p.wrong) p.wrong->report(wrong + y * p.width + x);
+    for (int64_t e = at.cells; e < round_up(at.cells, L); ++e) label[e] = -1;
+  }
+
+  void tile(const Block<A>& b, const A* x, const Tile& at) {
+    tiles.logits(b, x, at.cells);
+    for (int64_t s = 0; s < b.pixels; ++s) {
+      const int64_t y = (b.first + s) / p.scale, x = (b.first + s) % p.scale;
+      A* z = b.logits + s * p.classes * cells;
+      read_labels(at, y, x);
+      p.backward ? gradient(z, at, y, x) : losses(z, at, y, x);
+    }
+  }
+
+  void losses(const A* z, const Tile& at, int64_t y, int64_t x) {
+    const A* class_weight = static_cast<const A*>(p.class_weight);
+    A *weight = first, *picked = second, *log_sum = third;
+    for (int64_t e = 0; e < round_up(at.cells, L); ++e) {
+      const int64_t c = label[e] < 0 ? 0 : label[e];
+      picked[e] = z[c * cells + e];
+      weight[e] = label[e] < 0 ? A(-1) : class_weight ? class_weight[c] : A(1);
+    }
+    const A share = A(p.label_smoothing / p.classes), rest = A(1 - p.label_smoothing);
+    Vec<A> total = {}, weights = {};
+    for (int64_t e = 0; e < at.cells; e += L) {
+      const A* logit = z + e;
+      Vec<A> top = load(logit);
+      for (int64_t c = 1; c < p.classes; ++c) {
+        const Vec<A> value = load(logit + c * cells);
+        top = value > top ? value : top;
+      }
+      Vec<A> sum = {};
+      for (int64_t c = 0; c < p.classes; ++c) sum += bounded_exp(load(logit + c * cells) - top);
+      const Vec<A> lse = top + vlog<A>(sum);
+      store(log_sum + e, lse);
+      const Vec<A> w = load(weight + e);
+      Vec<A> l = rest * w * (lse - load(picked + e));
+      if (p.label_smoothing != 0) {
+        Vec<A> all = {};
+        for (int64_t c = 0; c < p.classes; ++c)
+          all += (lse - load(logit + c * cells)) * (class_weight ? class_weight[c] : A(1));
+        l += share * all;
+      }
+      const auto counts = w >= 0;
+      l = counts ? l : Vec<A>{};
+      total += l;
+      weights += counts ? w : Vec<A>{};
+      if (p.per_pixel) store(picked + e, l);
+    }
+    loss += double(sum_of<A>(total)), count += double(sum_of<A>(weights));
+    scatter(log_sum, static_cast<A*>(p.lse), at.map(1), y * p.lse_y + x * p.lse_x, at.cells);
+    if (p.per_pixel) scatter(picked, static_cast<A*>(p.loss), at.map(2), y * p.loss_y + x * p.loss_x, at.cells);
+  }
+
+  static void scatter(const A* in, A* out, const int64_t* offset, int64_t shift, int64_t count) {
+    out += shift;
+    for (int64_t e = 0; e < count; ++e) out[offset[e]] = in[e];
+  }
+
+  // z becomes d loss / d z = p [(1-e) w_y + e/K sum w] - (1-e) w_y [c = y] - e/K w_c, times grad_loss.
+  void gradient(A* z, const Tile& at, int64_t y, int64_t x) {
+    const A* class_weight = static_cast<const A*>(p.class_weight);
+    const A *lse = static_cast<const A*>(p.lse) + y * p.lse_y + x * p.lse_x;
+    const A *grad = static_cast<const A*>(p.loss) + y * p.loss_y + x * p.loss_x;
+    const A share = A(p.label_smoothing / p.classes), rest = A(1 - p.label_smoothing);
+    const A whole = share * A(p.sum_of_weights);
+    A *own = first, *all = second, *log_sum = third;
+    for (int64_t e = 0; e < at.cells; ++e) {
+      const int32_t c = label[e];
+      const A g = c < 0 ? A(0) : grad[at.map(2)[e]];
+      const A w = c < 0 || !class_weight ? A(1) : class_weight[c];
+      own[e] = g * rest * w;
+      all[e] = g;
+      log_sum[e] = lse[at.map(1)[e]];
+    }
+    for (int64_t e = at.cells; e < round_up(at.cells, L); ++e) own[e] = all[e] = log_sum[e] = 0;
+    for (int64_t e = 0; e < at.cells; e += L) {
+      A* logit = z + e;
+      const Vec<A> g = load(all + e), factor = load(own + e) + g * whole, low = load(log_sum + e);
+      if (p.label_smoothing == 0)
+        for (int64_t c = 0; c < p.classes; ++c)
+          store(logit + c * cells, bounded_exp(load(logit + c * cells) - low) * factor);
+      else
+        for (int64_t c = 0; c < p.classes; ++c) {
+          const Vec<A> part = g * (share * (class_weight ? class_weight[c] : A(1)));
+          store(logit + c * cells, bounded_exp(load(logit + c * cells) - low) * factor - part);
+        }
+    }
+    for (int64_t e = 0; e < at.cells; ++e)
+      if (label[e] >= 0) z[label[e] * cells + e] -= own[e];
+    for (int64_t e = at.cells; e < round_up(at.cells, L); ++e)  // no cells, but summed in whole vectors
+      for (int64_t c = 0; c < p.classes; ++c) z[c * cells + e] = 0;
+  }
+};
+
+inline void work(const CrossEntropy& p, const Shared& shared, const Chunk& chunk, int64_t begin, int64_t end,
+                 Scratch& scratch, double* sums) {
+  with_type(p.dtype, [&]<typename T>() {
+    work<T>(p, shared, chunk, begin, end, scratch, [&](const Tiles<T>& tiles, int64_t piece, auto run) {
+      CrossEntropyTile<T> op{p, tiles};
+      run(op);
+      double* at = sums + 2 * (chunk.index * p.pieces() + piece);
+      at[0] = op.loss, at[1] = op.count;
+    });
+  });
+}
