@@ -29,7 +29,7 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A finite start of the running maximum: with -inf the first rescale would be inf - inf.
-LOWEST = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit
@@ -111,6 +111,40 @@ def weights_along(
 
 
 @triton.jit
+def source_cell(x, size, full, CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """The cell of output position x, never an outer one, and the weight of its second pixel."""
+    if CORNERS:
+        i = x * (size - 1) // tl.maximum(full - 1, 1)
+    else:
+        i = tl.maximum((2 * x + 1) * size - full, 0) // (2 * full)
+    return i, weight(x, i, size, full, CORNERS, ACC)
+
+
+@triton.jit
+def lane_cells(
+    lane, size, full, cells, parts, CORNERS: tl.constexpr, FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr,
+    PY: tl.constexpr, PX: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A lane's cell i, j, its first output position y, x, where its cell ends, and whether it has positions at all."""
+    alive = lane < parts[0] * parts[1] * cells[0] * cells[1]
+    j = lane % cells[1]
+    lane = lane // cells[1]
+    i = lane % cells[0]
+    part = lane // cells[0]
+    if not CORNERS:
+        i -= 1
+        j -= 1
+    if WIDE:
+        i = i.to(tl.int64)
+        j = j.to(tl.int64)
+    y = begin(i, size[0], full[0], CORNERS, FACTOR_Y) + part // parts[1] * PY
+    x = begin(j, size[1], full[1], CORNERS, FACTOR_X) + part % parts[1] * PX
+    y_end = tl.minimum(begin(i + 1, size[0], full[0], CORNERS, FACTOR_Y), full[0])
+    x_end = begin(j + 1, size[1], full[1], CORNERS, FACTOR_X)
+    return i, j, y, x, y_end, x_end, alive & (y < y_end) & (x < x_end)
+
+
+@triton.jit
 def corner_offsets(i, j, size, strides, ALIGN: tl.constexpr):
     """Offsets within an image of rows i, i + 1 and columns j, j + 1 of the source, clamped to the map."""
     top = tl.minimum(tl.maximum(i, 0), size[0] - 1) * strides[2]
@@ -167,33 +201,75 @@ def load_corners(
 
 
 @triton.jit
-def pixel_pointers(plane, strides, y, x, C: tl.constexpr, ALIGN: tl.constexpr):
-    """Pointers to positions x .. x + C of row y; strides are those of [N, H, W]."""
-    at = tl.multiple_of(y * strides[1] + x * strides[2], ALIGN)
-    return plane + (at[:, None] + (tl.arange(0, C).to(at.dtype) * strides[2])[None, :])
+def pixel_masks(
+    x, row, end, full, PX: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """Which of the output positions x .. x + PX belong to the lane, ALIGN of them alike; `row` says if its row does."""
+    masks = ()
+    for d in tl.static_range(PX):
+        at = x + d // ALIGN * ALIGN
+        mask = row & (at >= 0) & (at < full)
+        if FACTOR != PX:
+            mask &= at < end
+        masks = masks + (mask,)  # noqa: RUF005
+    return masks
 
 
 @triton.jit
-def pixel_mask(x, row, end, PX: tl.constexpr, C: tl.constexpr, FACTOR: tl.constexpr, full):
-    """Which of the positions x .. x + C belong to the lane: `row` says whether its row does."""
-    d = tl.arange(0, C)
-    at = x[:, None] + d[None, :]
-    mask = row[:, None] & (at >= 0) & (at < full)
-    if FACTOR != PX:
-        mask &= at < end[:, None]
-    if PX != C:
-        mask &= (d < PX)[None, :]
-    return mask
+def _pixel_pointers(plane, strides, y, x, COUNT: tl.constexpr):
+    at = tl.multiple_of(y * strides[1] + x * strides[2], COUNT)
+    return plane + (at[:, None] + (tl.arange(0, COUNT).to(at.dtype) * strides[2])[None, :])
 
 
 @triton.jit
-def load_labels(pointers, mask, ignore_index, CLASSES: tl.constexpr):
-    """Labels as int32, -1 where they are ignored, out of range or masked."""
-    labels = tl.load(pointers, mask=mask, other=0)
-    if labels.dtype != tl.int64:
-        labels = labels.to(tl.int32)
-    mask &= (labels >= 0) & (labels < CLASSES) & (labels != ignore_index)
-    return tl.where(mask, labels, -1).to(tl.int32)
+def load_pixels(plane, strides, y, x, masks, PX: tl.constexpr, ALIGN: tl.constexpr):
+    """Positions x .. x + PX of row y, a tuple of vectors, zero where masked; strides are those of [N, H, W]."""
+    BITS: tl.constexpr = plane.dtype.element_ty.primitive_bitwidth
+    COUNT: tl.constexpr = ALIGN if ALIGN * BITS <= 128 else 128 // BITS
+    values = ()
+    for d in tl.static_range(0, PX, COUNT):
+        if COUNT == 1:
+            pointers = plane + (y * strides[1] + (x + d) * strides[2])
+            values = values + (tl.load(pointers, mask=masks[d], other=0),)  # noqa: RUF005
+        else:
+            pointers = _pixel_pointers(plane, strides, y, x + d, COUNT)
+            values = values + unbind(tl.load(pointers, mask=masks[d][:, None], other=0))
+    return values
+
+
+@triton.jit
+def store_pixels(plane, strides, y, x, values, masks, PX: tl.constexpr, ALIGN: tl.constexpr):
+    """The inverse of load_pixels."""
+    BITS: tl.constexpr = plane.dtype.element_ty.primitive_bitwidth
+    COUNT: tl.constexpr = ALIGN if ALIGN * BITS <= 128 else 128 // BITS
+    for d in tl.static_range(0, PX, COUNT):
+        if COUNT == 1:
+            pointers = plane + (y * strides[1] + (x + d) * strides[2])
+            tl.store(pointers, values[d].to(plane.dtype.element_ty), mask=masks[d])
+        else:
+            chunk = ()
+            for n in tl.static_range(COUNT):
+                chunk = chunk + (values[d + n].to(plane.dtype.element_ty),)  # noqa: RUF005
+            pointers = _pixel_pointers(plane, strides, y, x + d, COUNT)
+            tl.store(pointers, bind(chunk, COUNT, COUNT), mask=masks[d][:, None])
+
+
+@triton.jit
+def valid_label(label, mask, ignore_index, CLASSES: tl.constexpr):
+    """A label as int32, -1 where it is ignored, out of range or masked."""
+    if label.dtype != tl.int64:
+        label = label.to(tl.int32)
+    mask &= (label >= 0) & (label < CLASSES) & (label != ignore_index)
+    return tl.where(mask, label, -1).to(tl.int32)
+
+
+@triton.jit
+def load_labels(plane, strides, y, x, masks, ignore_index, CLASSES: tl.constexpr, PX: tl.constexpr, ALIGN: tl.constexpr):
+    raw = load_pixels(plane, strides, y, x, masks, PX, ALIGN)
+    labels = ()
+    for d in tl.static_range(PX):
+        labels = labels + (valid_label(raw[d], masks[d], ignore_index, CLASSES),)  # noqa: RUF005
+    return labels
 
 
 def cells(size: int, full: int, align_corners: bool) -> tuple[int, int, int]:

@@ -33,15 +33,15 @@ from ._bilinear import (
     LOWEST,
     begin,
     bind,
-    weights_along,
     corner_offsets,
-    load_classes,
+    lane_cells,
     load_corners,
-    pixel_mask,
-    pixel_pointers,
-    unbind,
     load_labels,
+    load_pixels,
+    pixel_masks,
+    store_pixels,
     weight,
+    weights_along,
 )
 from ._launch import Launch
 
@@ -110,23 +110,9 @@ def _forward(
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
     lane = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    alive = lane < parts[0] * parts[1] * cells[0] * cells[1]
-    j = lane % cells[1]
-    lane = lane // cells[1]
-    i = lane % cells[0]
-    part = lane // cells[0]
-    if not CORNERS:
-        i -= 1
-        j -= 1
-    if WIDE:
-        i = i.to(tl.int64)
-        j = j.to(tl.int64)
-    y = begin(i, size[0], full[0], CORNERS, FACTOR_Y) + part // parts[1] * PY
-    x = begin(j, size[1], full[1], CORNERS, FACTOR_X) + part % parts[1] * PX
-    y_end = tl.minimum(begin(i + 1, size[0], full[0], CORNERS, FACTOR_Y), full[0])
-    x_end = begin(j + 1, size[1], full[1], CORNERS, FACTOR_X)
-    alive &= (y < y_end) & (x < x_end)
-
+    i, j, y, x, y_end, x_end, alive = lane_cells(
+        lane, size, full, cells, parts, CORNERS, FACTOR_Y, FACTOR_X, PY, PX, WIDE
+    )
     top = ()
     total = ()
     for _ in tl.static_range(PY * PX):
@@ -141,7 +127,6 @@ def _forward(
     stride = logits_strides[1]
     TILE: tl.constexpr = CLASS_BLOCK if TILED else 0
     TAIL: tl.constexpr = CLASSES % CLASS_BLOCK
-    TAIL_TILE: tl.constexpr = (1 if TAIL == 1 else 2 if TAIL == 2 else 4 if TAIL <= 4 else CLASS_BLOCK) if TILED else 0
     # The last parts of cells of unequal length are mostly empty: 4 x 4 and a fifth row here and there.
     whole = tl.where(tl.max(alive.to(tl.int32), 0) > 0, CLASSES - TAIL, 0)
     for first in range(0, whole, CLASS_BLOCK):
@@ -152,16 +137,19 @@ def _forward(
     if TAIL:
         top, total, blends = _absorb(
             top, total, blends, plane, offsets, stride, CLASSES - TAIL, class_weight, rows, columns,
-            TAIL, CLASSES, TAIL_TILE, PY, PX, SMOOTHING, ACC,
+            TAIL, CLASSES, TILE, PY, PX, SMOOTHING, ACC,
         )  # fmt: skip
 
-    C: tl.constexpr = 1 if PX == 1 else 2 if PX == 2 else 4 if PX <= 4 else 8 if PX <= 8 else 16
+    target += image * target_strides[0]
+    lse += image * lse_strides[0]
+    if PER_PIXEL:
+        loss += image * loss_strides[0]
+    total_weight = CLASSES if weight_sum is None else tl.load(weight_sum)
     loss_sum = tl.zeros([BLOCK], ACC)
     count_sum = tl.zeros([BLOCK], ACC)
     for r in tl.static_range(PY):
-        mask = pixel_mask(x, alive & (y + r >= 0) & (y + r < y_end), x_end, PX, C, FACTOR_X, full[1])
-        pointers = pixel_pointers(target + image * target_strides[0], target_strides, y + r, x, C, PIXEL_ALIGN)
-        labels = unbind(load_labels(pointers, mask, ignore_index, CLASSES))
+        masks = pixel_masks(x, alive & (y + r >= 0) & (y + r < y_end), x_end, full[1], PX, FACTOR_X, PIXEL_ALIGN)
+        labels = load_labels(target, target_strides, y + r, x, masks, ignore_index, CLASSES, PX, PIXEL_ALIGN)
         row_lse = ()
         row_loss = ()
         for d in tl.static_range(PX):
@@ -182,16 +170,14 @@ def _forward(
                 a = blends[0] + rows[r] * (blends[2])
                 b = blends[1] + rows[r] * (blends[3])
                 z = a + columns[d] * (b - a)
-                value += tl.where(valid, SMOOTHING / CLASSES * (log_total * tl.load(weight_sum) - z), 0.0)
+                value += tl.where(valid, SMOOTHING / CLASSES * (log_total * total_weight - z), 0.0)
             loss_sum += value
             count_sum += w
             row_lse = row_lse + (log_total,)  # noqa: RUF005
             row_loss = row_loss + (value,)  # noqa: RUF005
-        pointers = pixel_pointers(lse + image * lse_strides[0], lse_strides, y + r, x, C, PIXEL_ALIGN)
-        tl.store(pointers, bind(row_lse, PX, C), mask=mask)
+        store_pixels(lse, lse_strides, y + r, x, row_lse, masks, PX, PIXEL_ALIGN)
         if PER_PIXEL:
-            pointers = pixel_pointers(loss + image * loss_strides[0], loss_strides, y + r, x, C, PIXEL_ALIGN)
-            tl.store(pointers, bind(row_loss, PX, C), mask=mask)
+            store_pixels(loss, loss_strides, y + r, x, row_loss, masks, PX, PIXEL_ALIGN)
     tl.store(count + program, tl.sum(count_sum, 0))
     if not PER_PIXEL:
         tl.store(loss + program, tl.sum(loss_sum, 0))
@@ -201,15 +187,14 @@ def _forward(
 def _backward(
     grad_logits, grad_loss, logits, target, class_weight, weight_sum, lse,
     grad_logits_strides, grad_loss_strides, logits_strides, target_strides, lse_strides,
-    size, full, cells, strips, parts, blocks, ignore_index,
+    size, full, cells, strips, blocks, ignore_index,
     CLASSES: tl.constexpr, SMOOTHING: tl.constexpr, PER_PIXEL: tl.constexpr, CORNERS: tl.constexpr,
-    FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr, PX: tl.constexpr, STRIP: tl.constexpr, CLASS_BLOCK: tl.constexpr,
-    TILE: tl.constexpr, ALIGN: tl.constexpr, PIXEL_ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr, PARTS: tl.constexpr, PX: tl.constexpr, STRIP: tl.constexpr,
+    CLASS_BLOCK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, PIXEL_ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Source rows and columns of a strip of cells, for CLASS_BLOCK classes; the classes of a strip run side by side."""
     WEIGHTED: tl.constexpr = PER_PIXEL or class_weight is not None
-    C: tl.constexpr = 1 if PX == 1 else 2 if PX == 2 else 4 if PX <= 4 else 8 if PX <= 8 else 16
     program = tl.program_id(0)
     groups: tl.constexpr = (CLASSES + CLASS_BLOCK - 1) // CLASS_BLOCK
     first = program % groups * CLASS_BLOCK
@@ -239,94 +224,80 @@ def _backward(
         factor = 1.0
     else:
         factor = tl.load(grad_loss)
-    if SMOOTHING != 0.0:
-        total_weight = tl.load(weight_sum)
-        smooth = ()
-        for n in tl.static_range(CLASS_BLOCK):
-            w = tl.full([], 1.0, ACC)
-            if class_weight is not None:
-                w = tl.load(class_weight + tl.minimum(first + n, CLASSES - 1))
-            smooth = smooth + (SMOOTHING / CLASSES * w,)  # noqa: RUF005
+    total_weight = CLASSES if weight_sum is None else tl.load(weight_sum)
+    columns = ()
+    if PARTS == 1:
+        columns = _edge_weights(x, j, size[1], full[1], PX, FACTOR_X, CORNERS, ACC)
 
-    one = tl.full([], 1.0 - SMOOTHING, ACC)
     zero = tl.zeros([BLOCK], ACC)
     zeros = ()
     for _ in tl.static_range(CLASS_BLOCK):
         zeros = zeros + (zero,)  # noqa: RUF005
-    lower_left = zeros
-    lower_right = zeros
+    lower = zeros
     for k in range(STRIP + 1):
         offsets = corner_offsets(i, j, size, logits_strides, ALIGN)
         values = load_corners(plane, offsets, stride, first, CLASS_BLOCK, CLASSES, TILE, ACC)
-        upper_left = lower_left
-        upper_right = lower_right
-        lower_left = zeros
-        lower_right = zeros
+        upper = lower
+        lower = zeros
         y = begin(i, size[0], full[0], CORNERS, FACTOR_Y)
         y_end = tl.minimum(begin(i + 1, size[0], full[0], CORNERS, FACTOR_Y), full[0])
         y_end = tl.where(alive & (i < size[0]), y_end, y)
         for row in range(tl.max(y_end - y, 0)):
             down = weight(y + row, i, size[0], full[0], CORNERS, ACC)
             down = tl.where(i < 0, 1.0, tl.where(i >= size[0] - 1, 0.0, down))
-            left = ()
-            across = ()
-            for n in tl.static_range(CLASS_BLOCK):
-                a = values[0][n] + down * values[2][n]
-                left = left + (a,)  # noqa: RUF005
-                across = across + (values[1][n] + down * values[3][n] - a,)  # noqa: RUF005
             inside = (y + row >= 0) & (y + row < y_end)
-            for part in range(parts):
+            sums = zeros
+            rights = zeros
+            for part in range(PARTS):
                 from_x = x + part * PX
-                columns = weights_along(from_x, j, size[1], full[1], PX, FACTOR_X, CORNERS, ACC)
-                mask = pixel_mask(from_x, inside, x_end, PX, C, FACTOR_X, full[1])
-                pointers = pixel_pointers(target, target_strides, y + row, from_x, C, PIXEL_ALIGN)
-                label_tile = load_labels(pointers, mask, ignore_index, CLASSES)
-                labels = unbind(label_tile - first.to(tl.int32))
-                pointers = pixel_pointers(lse, lse_strides, y + row, from_x, C, PIXEL_ALIGN)
-                log_total = tl.load(pointers, mask=mask, other=0.0) * LOG2E
-                # A pixel without a label has probabilities of zero, and its label matches no class.
-                log_totals = unbind(tl.where(label_tile >= 0, log_total, float("inf")))
-                if WEIGHTED or SMOOTHING != 0.0:
-                    grad = tl.where(label_tile >= 0, 1.0, 0.0).to(ACC)
-                    if PER_PIXEL:
-                        pointers = pixel_pointers(grad_loss, grad_loss_strides, y + row, from_x, C, PIXEL_ALIGN)
-                        grad *= tl.load(pointers, mask=mask, other=0.0)
-                    hot = grad * (1.0 - SMOOTHING)
-                    if class_weight is not None:
-                        hot *= tl.load(class_weight + tl.maximum(label_tile, 0))
-                    scale = hot
-                    if SMOOTHING != 0.0:
-                        scale += grad * (SMOOTHING / CLASSES) * total_weight
-                    grads = unbind(grad)
-                    hots = unbind(hot)
-                    scales = unbind(scale)
-                new = ()
-                for n in tl.static_range(CLASS_BLOCK):
-                    sum_ = zero
-                    right = zero
-                    for d in tl.static_range(PX):
-                        dz = tl.exp2((left[n] + columns[d] * across[n]) * LOG2E - log_totals[d])
-                        if WEIGHTED:
-                            dz = scales[d] * dz - tl.where(labels[d] == n, hots[d], 0.0)
-                        else:
-                            dz -= tl.where(labels[d] == n, one, 0.0)
-                        if SMOOTHING != 0.0:
-                            dz -= grads[d] * smooth[n]
-                        sum_ += dz
-                        right += columns[d] * dz
-                    new = new + ((sum_ - right, right),)  # noqa: RUF005
-                upper_left, upper_right, lower_left, lower_right = _spread(
-                    upper_left, upper_right, lower_left, lower_right, new, down, CLASS_BLOCK
+                if PARTS > 1:
+                    columns = _edge_weights(from_x, j, size[1], full[1], PX, FACTOR_X, CORNERS, ACC)
+                masks = pixel_masks(from_x, inside, x_end, full[1], PX, FACTOR_X, PIXEL_ALIGN)
+                labels = load_labels(
+                    target, target_strides, y + row, from_x, masks, ignore_index, CLASSES, PX, PIXEL_ALIGN
                 )
+                raw = load_pixels(lse, lse_strides, y + row, from_x, masks, PX, PIXEL_ALIGN)
+                if PER_PIXEL:
+                    grads = load_pixels(grad_loss, grad_loss_strides, y + row, from_x, masks, PX, PIXEL_ALIGN)
+                log_totals = ()
+                smooth = ()
+                hots = ()
+                scales = ()
+                here = ()
+                near = tl.zeros([BLOCK], tl.int32)
+                for d in tl.static_range(PX):
+                    valid = labels[d] >= 0
+                    # A pixel without a label has probabilities of zero, and its label matches no class.
+                    log_totals = log_totals + (tl.where(valid, raw[d] * LOG2E, float("inf")),)  # noqa: RUF005
+                    hot = tl.where(valid, 1.0, 0.0).to(ACC)
+                    if PER_PIXEL:
+                        hot *= grads[d]
+                    smooth = smooth + (hot * (SMOOTHING / CLASSES),)  # noqa: RUF005
+                    hot *= 1.0 - SMOOTHING
+                    if class_weight is not None:
+                        hot *= tl.load(class_weight + tl.maximum(labels[d], 0))
+                    hots = hots + (hot,)  # noqa: RUF005
+                    scales = scales + (hot + smooth[d] * total_weight,)  # noqa: RUF005
+                    label = labels[d] - first.to(tl.int32)
+                    here = here + (label,)  # noqa: RUF005
+                    near |= ((label >= 0) & (label < CLASS_BLOCK)).to(tl.int32)
+                sums, rights = _add_probabilities(
+                    sums, rights, values, down, columns, log_totals, scales, CLASS_BLOCK, PX, WEIGHTED
+                )
+                # Most rows of 32 cells have no label in most blocks of classes.
+                if tl.max(near, 0) > 0:
+                    sums, rights = _subtract_labels(
+                        sums, rights, columns, here, hots, CLASS_BLOCK, PX, WEIGHTED or SMOOTHING != 0.0
+                    )
+                if SMOOTHING != 0.0:
+                    sums, rights = _subtract_smooth(
+                        sums, rights, columns, smooth, class_weight, first, CLASS_BLOCK, CLASSES, PX
+                    )
+            upper, lower = _spread(upper, lower, sums, rights, down, lane, CLASS_BLOCK)
         if k > 0:
             grads = ()
             for n in tl.static_range(CLASS_BLOCK):
-                a = upper_left[n]
-                b = upper_right[n]
-                # The outer cells lie on one column of pixels.
-                to_left = tl.where(j >= size[1] - 1, a + b, a)
-                to_right = tl.where(j >= size[1] - 1, 0.0, tl.where(j < 0, a + b, b))
-                grads = grads + ((to_left + tl.gather(to_right, tl.maximum(lane - 1, 0), 0)) * factor,)  # noqa: RUF005
+                grads = grads + (upper[n] * factor,)  # noqa: RUF005
             _store_classes(
                 grad_plane, grad_logits_strides, i, j, grads, first,
                 alive & (lane > 0) & (j >= 0) & (i < size[0]), CLASS_BLOCK, CLASSES, TILE, ALIGN,
@@ -335,19 +306,98 @@ def _backward(
 
 
 @triton.jit
-def _spread(upper_left, upper_right, lower_left, lower_right, new, down, COUNT: tl.constexpr):
-    """Adds a row's sums to the four corners."""
-    a = ()
-    b = ()
-    c = ()
-    d = ()
+def _edge_weights(
+    x, j, size, full, PX: tl.constexpr, FACTOR: tl.constexpr, CORNERS: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Column weights; a cell at the border gives everything to its one column of source pixels."""
+    weights = weights_along(x, j, size, full, PX, FACTOR, CORNERS, ACC)
+    columns = ()
+    for d in tl.static_range(PX):
+        # A sum, for the number to be of type ACC.
+        t = tl.where(j < 0, 1.0, tl.where(j >= size - 1, 0.0, tl.zeros(j.shape, ACC) + weights[d]))
+        columns = columns + (t,)  # noqa: RUF005
+    return columns
+
+
+@triton.jit
+def _add_probabilities(
+    sums, rights, values, down, columns, log_totals, scales,
+    COUNT: tl.constexpr, PX: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Adds the probabilities of a row of a cell, and what of them belongs to the right column."""
+    new_sums = ()
+    new_rights = ()
     for n in tl.static_range(COUNT):
-        left, right = new[n]
-        a = a + (upper_left[n] + (left - down * left),)  # noqa: RUF005
-        b = b + (upper_right[n] + (right - down * right),)  # noqa: RUF005
-        c = c + (lower_left[n] + down * left,)  # noqa: RUF005
-        d = d + (lower_right[n] + down * right,)  # noqa: RUF005
-    return a, b, c, d
+        left = values[0][n] + down * values[2][n]
+        across = values[1][n] + down * values[3][n] - left
+        sum_ = sums[n]
+        right = rights[n]
+        for d in tl.static_range(PX):
+            p = tl.exp2((left + columns[d] * across) * LOG2E - log_totals[d])
+            if WEIGHTED:
+                p *= scales[d]
+            sum_ += p
+            right += columns[d] * p
+        new_sums = new_sums + (sum_,)  # noqa: RUF005
+        new_rights = new_rights + (right,)  # noqa: RUF005
+    return new_sums, new_rights
+
+
+@triton.jit
+def _subtract_labels(
+    sums, rights, columns, labels, hots, COUNT: tl.constexpr, PX: tl.constexpr, WEIGHTED: tl.constexpr
+):  # fmt: skip
+    new_sums = ()
+    new_rights = ()
+    for n in tl.static_range(COUNT):
+        sum_ = sums[n]
+        right = rights[n]
+        for d in tl.static_range(PX):
+            if WEIGHTED:
+                sum_ -= tl.where(labels[d] == n, hots[d], 0.0)
+                right -= tl.where(labels[d] == n, hots[d] * columns[d], 0.0)
+            else:
+                sum_ = tl.where(labels[d] == n, sum_ - 1.0, sum_)
+                right = tl.where(labels[d] == n, right - columns[d], right)
+        new_sums = new_sums + (sum_,)  # noqa: RUF005
+        new_rights = new_rights + (right,)  # noqa: RUF005
+    return new_sums, new_rights
+
+
+@triton.jit
+def _subtract_smooth(
+    sums, rights, columns, grads, class_weight, first, COUNT: tl.constexpr, CLASSES: tl.constexpr, PX: tl.constexpr
+):  # fmt: skip
+    """The classes share what label smoothing takes off, but for their weights."""
+    sum_ = grads[0]
+    right = grads[0] * columns[0]
+    for d in tl.static_range(1, PX):
+        sum_ += grads[d]
+        right += grads[d] * columns[d]
+    new_sums = ()
+    new_rights = ()
+    for n in tl.static_range(COUNT):
+        if class_weight is not None:
+            w = tl.load(class_weight + tl.minimum(first + n, CLASSES - 1))
+            new_sums = new_sums + (sums[n] - w * sum_,)  # noqa: RUF005
+            new_rights = new_rights + (rights[n] - w * right,)  # noqa: RUF005
+        else:
+            new_sums = new_sums + (sums[n] - sum_,)  # noqa: RUF005
+            new_rights = new_rights + (rights[n] - right,)  # noqa: RUF005
+    return new_sums, new_rights
+
+
+@triton.jit
+def _spread(upper, lower, sums, rights, down, lane, COUNT: tl.constexpr):
+    """Adds a row to the source rows above and below it, its right column to the next lane."""
+    up = 1.0 - down
+    new_upper = ()
+    new_lower = ()
+    for n in tl.static_range(COUNT):
+        value = sums[n] - rights[n] + tl.gather(rights[n], tl.maximum(lane - 1, 0), 0)
+        new_upper = new_upper + (upper[n] + up * value,)  # noqa: RUF005
+        new_lower = new_lower + (lower[n] + down * value,)  # noqa: RUF005
+    return new_upper, new_lower
 
 
 @triton.jit
@@ -433,7 +483,7 @@ def _plan_forward(
         "logits": logits,
         "target": target,
         "class_weight": class_weight,
-        "weight_sum": _weight_sum(class_weight, classes, lse),
+        "weight_sum": _weight_sum(class_weight, label_smoothing),
         "loss_strides": loss.stride() if loss.ndim else (0, 0, 0),
         "lse_strides": lse.stride(),
         "logits_strides": logits.stride(),
@@ -474,7 +524,7 @@ def _plan_backward(
     strips = triton.cdiv(size[0], strip)
     longest = bilinear.cells(size[1], full[1], align_corners)[1]
     parts = triton.cdiv(longest, 9)
-    class_block = triton.cdiv(classes, triton.cdiv(classes, 8))
+    class_block = triton.cdiv(classes, triton.cdiv(classes, 10))
     blocks = triton.cdiv(strips * cells, 31)
     px = triton.cdiv(longest, parts)
     maps = (lse, target, grad_loss) if grad_loss.ndim else (lse, target)
@@ -484,7 +534,7 @@ def _plan_backward(
         "logits": logits,
         "target": target,
         "class_weight": class_weight,
-        "weight_sum": _weight_sum(class_weight, classes, lse),
+        "weight_sum": _weight_sum(class_weight, label_smoothing),
         "lse": lse,
         "grad_logits_strides": grad_logits.stride(),
         "grad_loss_strides": grad_loss.stride() if grad_loss.ndim else (0, 0, 0),
@@ -492,12 +542,12 @@ def _plan_backward(
         "target_strides": target.stride(),
         "lse_strides": lse.stride(),
         "strips": strips,
-        "parts": parts,
         "blocks": blocks,
         "ignore_index": ignore_index,
         "CLASSES": classes,
         "SMOOTHING": label_smoothing,
         "PER_PIXEL": grad_loss.ndim > 0,
+        "PARTS": parts,
         "PX": px,
         "STRIP": strip,
         "CLASS_BLOCK": class_block,
@@ -512,8 +562,8 @@ def _plan_backward(
     return Launch(_backward, (programs,), args | geometry | {"cells": cells}, num_warps=1)
 
 
-def _weight_sum(class_weight: Tensor | None, classes: int, like: Tensor) -> Tensor:
-    return like.new_full((1,), classes) if class_weight is None else class_weight.sum().reshape(1)
+def _weight_sum(class_weight: Tensor | None, label_smoothing: float) -> Tensor | None:
+    return class_weight.sum() if class_weight is not None and label_smoothing else None
 
 
 def aot_cases() -> list[tuple[str, Launch]]:
