@@ -211,7 +211,11 @@ class Run:
         self.model = self.kind.build(**self.network).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.2
+            # The warm-up must take more than one of OneCycleLR's steps, also in the shortest runs.
+            self.optimizer,
+            args.lr,
+            total_steps=args.steps + 1,
+            pct_start=max(0.2, 1.5 / (args.steps + 1)),
         )
         self.step, self.seconds = 0, 0.0  # seconds without the reading of data
         self.losses: list[float] = []
