@@ -472,7 +472,7 @@ def _plan_backward(
     if parts > 1:
         launches.append(sum_parts(grad_x, target_x, *finish))
 
-    config = backward_weight_configuration(scale_factor, channels, classes, itemsize)
+    config = backward_weight_configuration(scale_factor, channels, classes, itemsize, layout(x))
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
     args = geometry(x, weight, scale_factor, pixels, config.pop("BLOCK_M")) | common | config
     counts = {
@@ -523,7 +523,7 @@ def backward_x_configuration(channels: int, classes: int, itemsize: int) -> dict
     if itemsize == 2:
         resident = block_c <= (128 if classes > 64 else 256)
         # A loop over tiles where there is one over channels: unrolled, the addresses of both spill.
-        tiles = widths(classes, 16, 64, 256) if resident else widths(classes, 16, 32, 32)
+        tiles = widths(classes, 16, 32, 256 if resident else 32)
         return {**tiles, "BLOCK_M": 64, "BLOCK_C": block_c if resident else 64,
                 "SLICE_C": min(block_c, 256), "num_warps": 4 if block_c <= 128 else 8, "num_stages": 2}  # fmt: skip
     if itemsize == 4:
@@ -532,14 +532,17 @@ def backward_x_configuration(channels: int, classes: int, itemsize: int) -> dict
     return {**widths(classes, 16, 16, 16), "BLOCK_M": 16, "BLOCK_C": 16, "SLICE_C": 16, "num_warps": 4, "num_stages": 1}
 
 
-def backward_weight_configuration(scale_factor: int, channels: int, classes: int, itemsize: int) -> dict[str, Any]:
+def backward_weight_configuration(
+    scale_factor: int, channels: int, classes: int, itemsize: int, align: int
+) -> dict[str, Any]:
+    """Two sub-pixels a program where the addresses of one cell's channels leave the registers for it."""
     block_c = max(triton.next_power_of_2(channels), 16)
     width = max(triton.next_power_of_2(classes), 16)
     if itemsize == 2:
         resident = block_c <= 128
-        width = min(width, 32 if classes <= 32 else 64)
-        return {"BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 128), "WIDTH": width,
-                "GROUP": math.gcd(scale_factor, 2 if width <= 32 else 1), "num_warps": 4, "num_stages": 2}  # fmt: skip
+        group = math.gcd(scale_factor, 2) if resident and abs(align) > 1 else 1
+        return {"BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 128),
+                "WIDTH": min(width, 32), "GROUP": group, "num_warps": 4 if resident else 8, "num_stages": 2}  # fmt: skip
     if itemsize == 4:
         return {"BLOCK_M": 32, "BLOCK_C": 16, "SLICE_C": min(block_c, 64), "WIDTH": min(width, 32), "GROUP": 1,
                 "num_warps": 4, "num_stages": 2}  # fmt: skip
