@@ -18,3 +18,12 @@ def dot(a, b, acc, INTERPRET: tl.constexpr):
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """x as an operand. The interpreter would cut off what bfloat16 does not hold."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -37,9 +37,8 @@ def _quotient(n, divisor, reciprocal, WIDE: tl.constexpr):
 @triton.jit
 def cells(block, count, size, reciprocals, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Image, row and column of a block's cells, and the mask of those that exist; WIDE makes every offset 64-bit."""
-    if WIDE:
-        block = block.to(tl.int64)
-    cell = block * BLOCK + tl.arange(0, BLOCK)
+    cell = tl.zeros([BLOCK], tl.int64 if WIDE else tl.int32) + block
+    cell = cell * BLOCK + tl.arange(0, BLOCK)
     line = _quotient(cell, size[1], reciprocals[1], WIDE)
     image = _quotient(line, size[0], reciprocals[0], WIDE)
     return image, line - image * size[0], cell - line * size[1], cell < count

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dot import dot
+from ._dot import dot, rounded
 from ._dupsample import (
     LN2,
     LOG2E,
@@ -246,7 +246,7 @@ def _backward_x(
                 )
                 w_rows, w_inside = weight_rows(weight_strides, s * K, first + FIRSTS[t], K, WIDTHS[t], ALIGN_W, WIDE)
                 w = load_rows(weight, w_rows, w_inside, slice_, weight_strides[1], C, SLICE_C)
-                acc = dot(dz.to(w.dtype), w, acc, INTERPRET)
+                acc = dot(rounded(dz, w.dtype, INTERPRET), w, acc, INTERPRET)
 
     if WHOLE:
         acc *= scale_of(temperature, 1.0, ACC)
@@ -318,7 +318,7 @@ def _backward_weight(
                 )  # fmt: skip
             z = scaled(acc, bias, row, first, scale, K, WIDTH)
             dz = _gradient(z, first, log_sum, label, of_p, at_label, everywhere, class_weight, K, SMOOTHING)
-            new_sums = new_sums + (dot(tl.trans(tile), dz.to(tile.dtype), sums[g], INTERPRET),)  # noqa: RUF005
+            new_sums = new_sums + (dot(tl.trans(tile), rounded(dz, tile.dtype, INTERPRET), sums[g], INTERPRET),)  # noqa: RUF005
             bias_sum = bias_sums[g]
             if grad_bias is not None:
                 bias_sum += dz
@@ -541,8 +541,8 @@ def backward_weight_configuration(
     if itemsize == 2:
         resident = block_c <= 128
         group = math.gcd(scale_factor, 2) if resident and abs(align) > 1 else 1
-        return {"BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 128),
-                "WIDTH": min(width, 32), "GROUP": group, "num_warps": 4 if resident else 8, "num_stages": 2}  # fmt: skip
+        return {"BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 128), "GROUP": group,
+                "WIDTH": min(width, 32), "num_warps": 4 if resident else 8, "num_stages": 2}  # fmt: skip
     if itemsize == 4:
         return {"BLOCK_M": 32, "BLOCK_C": 16, "SLICE_C": min(block_c, 64), "WIDTH": min(width, 32), "GROUP": 1,
                 "num_warps": 4, "num_stages": 2}  # fmt: skip
