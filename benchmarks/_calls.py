@@ -8,46 +8,51 @@ from collections.abc import Callable
 import torch
 from _suite import FORWARD, LAYOUTS, Function, Rival, Row, Suite
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import segops
 from segops import _native
-from segops.reference._sample import Sample
+from segops.reference._sample import Inputs, Sample
 
 Call = Callable[[], tuple[Tensor, ...]]
 
 
-def inputs(sample: Sample, dtype: torch.dtype, device: str, layout: str) -> dict[str, Tensor]:
+def inputs(sample: Sample, dtype: torch.dtype, device: str, layout: str) -> Inputs:
     """The sample's tensors; maps take the layout, anything that is not 4-D keeps its own."""
     tensors = sample.tensors(dtype, device)
-    format_ = LAYOUTS[layout]
-    return {name: x.contiguous(memory_format=format_) if x.ndim == 4 else x for name, x in tensors.items()}
+    return tree_map(lambda x: x.contiguous(memory_format=LAYOUTS[layout]) if x.ndim == 4 else x, tensors)
 
 
 def call(
     function: Function,
-    tensors: dict[str, Tensor],
+    sample: Sample,
+    tensors: Inputs,
     direction: str,
     kwargs: dict | None = None,
     rounded: torch.dtype | None = None,
 ) -> Call:
-    """A call without arguments that returns (out,) or (out, gradient of each tensor).
+    """A call without arguments that returns (out,) or (out, gradient of each differentiable tensor).
 
-    The upstream gradient is the same numbers for every dtype, rounded to ``rounded`` (the output's dtype if None).
+    The upstream gradient is the same numbers for every dtype, rounded to ``rounded`` (the output's dtype if None);
+    that of a loss is 1.
     """
     kwargs = kwargs or {}
     if direction == FORWARD:
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (function(*tensors.values(), **kwargs),)
+                return (function(**tensors, **kwargs),)
 
         return forward
-    leaves = [x.detach().requires_grad_() for x in tensors.values()]
+    tensors = {name: x.detach().requires_grad_() if name in gradients(sample) else x for name, x in tensors.items()}
+    leaves = [tensors[name] for name in gradients(sample)]
     upstream: list[Tensor] = []  # drawn at the first call, when the shape of the output is known
 
     def training() -> tuple[Tensor, ...]:
-        out = function(*leaves, **kwargs)
-        if not upstream:
+        out = function(**tensors, **kwargs)
+        if not upstream and out.ndim == 0:
+            upstream.append(torch.ones_like(out))
+        elif not upstream:
             generator = torch.Generator().manual_seed(1)
             drawn = torch.randn(out.shape, generator=generator, dtype=torch.float64)
             drawn = drawn.to(out.device, rounded or out.dtype)
@@ -55,6 +60,11 @@ def call(
         return (out.detach(), *torch.autograd.grad(out, leaves, upstream))
 
     return training
+
+
+def gradients(sample: Sample) -> list[str]:
+    """The tensors that a training step differentiates."""
+    return [name for name in sample.shapes if sample.differentiable is None or name in sample.differentiable]
 
 
 @contextlib.contextmanager
@@ -76,10 +86,11 @@ def chosen(row: Row):
 
 def ours(suite: Suite, row: Row, sample: Sample | None = None) -> Call:
     sample = sample or row.sample
-    return call(suite.function, inputs(sample, row.dtype, row.device, row.layout), row.direction, sample.kwargs)
+    tensors = inputs(sample, row.dtype, row.device, row.layout)
+    return call(suite.function, sample, tensors, row.direction, sample.kwargs)
 
 
 def theirs(rival: Rival, layout: str, row: Row, sample: Sample | None = None) -> Call:
     sample = sample or row.sample
     function = rival.prepare(sample, row.dtype, row.device, row.direction)
-    return call(function, inputs(sample, row.dtype, row.device, layout), row.direction)
+    return call(function, sample, inputs(sample, row.dtype, row.device, layout), row.direction)

@@ -8,18 +8,20 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import _calls
 import _memory
 import torch
 from _peaks import Work
-from _suite import FORWARD, Row, Suite, Unavailable
+from _suite import FORWARD, Row, Suite, Unavailable, shapes
+from torch.utils._pytree import tree_map
 
 import segops
 from segops import _native, testing
 
 ROUNDS = 10
+LABELS_THAT_MAY_DIFFER = 1e-5
 FEWEST = 3  # rounds of a rival that is too slow for ROUNDS; one where a single call takes twice the budget
 
 
@@ -80,7 +82,7 @@ class Runner:
         result = {
             "op": suite.op,
             "case": row.sample.name,
-            "shape": {name: list(shape) for name, shape in row.sample.shapes.items()},
+            "shape": shapes(row.sample),
             "arguments": row.sample.kwargs,
             "dtype": str(row.dtype).removeprefix("torch."),
             "layout": row.layout,
@@ -107,6 +109,8 @@ class Runner:
                 rivals[name] = self._rival(suite, module, row, name, oracle, result["memory"])
             except Unavailable as why:
                 reasons[name] = str(why)
+        if row.dtype in (torch.float16, torch.bfloat16):
+            rivals["float32"] = Contender(_calls.ours(suite, replace(row, dtype=torch.float32)))
         with _calls.chosen(row):
             self._interleave(row, mine, rivals, benchmark)
         result["seconds"] = {"segops": _summary(mine), **{name: _summary(rival) for name, rival in rivals.items()}}
@@ -118,23 +122,31 @@ class Runner:
         return result
 
     def _gate(self, suite: Suite, row: Row, values: tuple) -> tuple[dict[str, float], torch.Tensor]:
-        names = ["out", *(f"grad_{name}" for name in row.sample.shapes)]
-        partial = row.series is not None and suite.part is not None
+        names = ["out", *(f"grad_{name}" for name in _calls.gradients(row.sample))]
+        partial = suite.part is not None and row.series is not None
+        sample = row.sample if suite.checked is None else suite.checked(row.sample)
+        if sample is not row.sample:
+            values = _calls.ours(suite, row, sample)()
         key = (row.sample.name, row.dtype, row.direction, row.device)
         if self._oracle is None or self._oracle[0] != key:
             self._oracle = None
-            tensors, kwargs = row.sample.tensors(row.dtype, row.device), row.sample.kwargs
+            tensors, kwargs = sample.tensors(row.dtype, row.device), sample.kwargs
             if partial:
                 tensors, kwargs = suite.part(tensors, kwargs)
             with segops.use_backend("reference"):
-                eager = _calls.call(suite.function, tensors, row.direction, kwargs)()
-                tensors = {name: x.double() for name, x in tensors.items()}
-                oracle = _calls.call(suite.function, tensors, row.direction, kwargs, rounded=row.dtype)()
+                eager = _calls.call(suite.function, sample, tensors, row.direction, kwargs)()
+                wide = tree_map(lambda x: x.double() if x.is_floating_point() else x, tensors)
+                oracle = _calls.call(suite.function, sample, wide, row.direction, kwargs, rounded=row.dtype)()
             self._oracle = (key, oracle, eager)
         _, oracle, eager = self._oracle
         errors = {}
         for name, value, expected, plain in zip(names, values, oracle, eager, strict=False):
-            found = testing.compare(name, value[:, : expected.shape[1]], expected, plain)
+            if not expected.is_floating_point():  # labels: two classes may be as good as equal
+                errors[name] = float((value != expected).double().mean())
+                if errors[name] > LABELS_THAT_MAY_DIFFER:
+                    raise WrongResult(f"{row}: {name}: {errors[name]:.2g} of the labels differ")
+                continue
+            found = testing.compare(name, _like(value, expected), expected, plain)
             if found.failure is not None:
                 raise WrongResult(f"{row}: {found.failure}")
             errors[name] = found.rms_ratio
@@ -164,13 +176,15 @@ class Runner:
                 raise Unavailable(memory[name]["reason"])
         try:
             values = call()  # compiles
+            if suite.checked is not None:
+                values = _calls.theirs(suite.rivals[index], layout, row, suite.checked(row.sample))()
         except Exception as error:
             self._chosen[key] = f"{type(error).__name__}: {_first_line(error)}"
             raise Unavailable(self._chosen[key]) from None
         # Only that it computes the same thing: a rival is not held to our accuracy.
-        found = testing.compare(name, values[0][:, : oracle.shape[1]], oracle)
-        if not found.rms_ratio < 20 * testing.TOLERANCES[row.dtype].rms:
-            raise Unavailable(f"computes something else (RMS error {found.rms_ratio:.1g})")
+        error = _difference(name, _like(values[0], oracle), oracle)
+        if not error < 20 * testing.TOLERANCES[row.dtype].rms:
+            raise Unavailable(f"computes something else (error {error:.1g})")
         variant = suite.rivals[index].variant
         return Contender(call, ", ".join(part for part in (variant, layout) if part))
 
@@ -242,6 +256,17 @@ class Runner:
             mine.seconds.append(CLOCK.run(mine.measured))
 
         benchmark.pedantic(ours, setup=the_rivals, rounds=rounds)
+
+
+def _like(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The part of ``value`` that ``Suite.part`` keeps."""
+    return value if value.shape == expected.shape else value[:, : expected.shape[1]]
+
+
+def _difference(name: str, value: torch.Tensor, oracle: torch.Tensor) -> float:
+    if oracle.is_floating_point():
+        return testing.compare(name, value, oracle).rms_ratio
+    return float((value != oracle).double().mean())
 
 
 def _summary(contender: Contender) -> dict:

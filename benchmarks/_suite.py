@@ -83,6 +83,8 @@ class Suite:
         tiny: A small sample of the same kind, for warming up and for choosing among variants.
         part: (tensors, kwargs) -> the same for the leading channels of the output only, where the float64 oracle of the
             whole would not fit; None checks everything.
+        checked: The sample that the comparison is made on instead, where the oracle of the whole would not fit and the
+            output cannot be cut; None is the sample itself.
     """
 
     op: str
@@ -93,3 +95,9 @@ class Suite:
     rivals: Sequence[Rival]
     tiny: Callable[[Sample], Sample]
     part: Callable[[dict[str, Tensor], dict], tuple[dict[str, Tensor], dict]] | None = None
+    checked: Callable[[Sample], Sample] | None = None
+
+
+def shapes(sample: Sample) -> dict[str, list]:
+    """Argument name to shape, or to a list of shapes."""
+    return {name: list(getattr(spec, "shape", spec)) for name, spec in sample.shapes.items()}

@@ -21,7 +21,9 @@ PEAKS, FAILED = pytest.StashKey[_peaks.Peaks | str](), pytest.StashKey[list[dict
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("segops benchmarks")
-    group.addoption("--allocator", choices=("keep", "default"), default="keep", help="what is done with freed memory")
+    group.addoption(
+        "--allocator", choices=("default", "keep"), default="default", help="what is done with freed memory"
+    )
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group.addoption("--rounds", type=int, default=ROUNDS, help="rounds of segops; rivals get at most as many")
     group.addoption("--budget", type=float, default=3.0, help="seconds of timing per rival and row")
@@ -31,8 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # glibc hands blocks of over 32 MiB back to the kernel at every free, and every call then pays to have its outputs
-    # and intermediates mapped again: most of an eager rival's time. "keep" has freed memory kept for all sides, as
-    # jemalloc and tcmalloc do; "default" is what a user gets who does nothing.
+    # and intermediates mapped again: most of an eager rival's time. "default" is that, what a user gets who does
+    # nothing; "keep" has freed memory kept for all sides, as jemalloc and tcmalloc do.
     if platform.system() == "Linux" and config.getoption("--allocator") == "keep":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -97,6 +99,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks, output_json:
     output_json["segops"] = {
         "device": device,
         "machine": _machine(device),
+        "allocator": config.getoption("--allocator"),
         "versions": {package: _version(package) for package in ("segops", "torch", "triton", "natten")},
         "peaks": peaks.as_dict() if isinstance(peaks, _peaks.Peaks) else {"reason": peaks},
         "failed": config.stash.get(FAILED, []),

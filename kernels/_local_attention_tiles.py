@@ -17,19 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._dot import dot
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-3.0e38)
 SIDE = tl.constexpr(4)
 CENTRE = tl.constexpr(16)
-
-
-@triton.jit
-def _dot(a, b, acc, INTERPRET: tl.constexpr):
-    """acc + a @ b, float32 in full. The interpreter would multiply the bit patterns of bfloat16."""
-    if INTERPRET:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -105,7 +99,7 @@ def _products(
         b_pointers, b_mask = _block(b, b_strides, b_row, b_column, b_inside, first, WIDTH, BLOCK, ALIGN)
         a_tile = tl.load(a_pointers, mask=a_mask, other=0.0)
         b_tile = tl.load(b_pointers, mask=b_mask, other=0.0)
-        acc = _dot(a_tile, tl.trans(b_tile), acc, INTERPRET)
+        acc = dot(a_tile, tl.trans(b_tile), acc, INTERPRET)
     return acc
 
 
@@ -119,7 +113,7 @@ def _mix(
     for first in range(0, WIDTH, BLOCK):
         pointers, mask = _block(b, b_strides, b_row, b_column, b_inside, first, WIDTH, BLOCK, ALIGN)
         b_tile = tl.load(pointers, mask=mask, other=0.0)
-        tile = _dot(weights, b_tile, tl.zeros([row.shape[0], BLOCK], tl.float32), INTERPRET) * factor
+        tile = dot(weights, b_tile, tl.zeros([row.shape[0], BLOCK], tl.float32), INTERPRET) * factor
         pointers, mask = _block(to, to_strides, row, column, inside, first, WIDTH, BLOCK, ALIGN)
         tl.store(pointers, tile.to(to.dtype.element_ty), mask=mask)
 

@@ -6,16 +6,27 @@ call runs it (:func:`explain` says which, and why not the others), else the plai
 
 from __future__ import annotations
 
-from . import compat, metrics, nn, ops, reference
+from . import compat, dupsampling, metrics, nn, ops, reference
 from ._dispatch import BackendError, explain, record, use_backend
 from ._info import info
+from .ops.confusion_matrix import confusion_matrix
+from .ops.dupsample import dupsample
+from .ops.dupsample_argmax import dupsample_argmax
+from .ops.dupsample_cross_entropy import dupsample_cross_entropy
 from .ops.local_attention import local_attention
+from .ops.upsample_argmax import upsample_argmax
+from .ops.upsample_cross_entropy import upsample_cross_entropy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "compat",
+    "confusion_matrix",
+    "dupsample",
+    "dupsample_argmax",
+    "dupsample_cross_entropy",
+    "dupsampling",
     "explain",
     "info",
     "local_attention",
@@ -24,5 +35,7 @@ __all__ = [
     "ops",
     "record",
     "reference",
+    "upsample_argmax",
+    "upsample_cross_entropy",
     "use_backend",
 ]

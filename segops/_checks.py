@@ -20,11 +20,29 @@ def tensor(function: str, name: str, value: Any, layout: str) -> None:
         raise TypeError(f"{function}: {name} must have a floating-point dtype, got {value.dtype}")
 
 
+def labels(function: str, name: str, value: Any, layout: str | None = None) -> None:
+    """A label map; ``layout`` as in :func:`tensor`, None for any shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor of labels, got {type(value).__name__}")
+    if layout is not None and value.dim() == 4 and value.shape[1] == 1:
+        raise ValueError(f"{function}: {name} must be {layout}, got {tuple(value.shape)}: pass {name}.squeeze(1)")
+    if layout is not None and value.dim() != layout.count(",") + 1:
+        raise ValueError(f"{function}: {name} must be {layout}, got {value.dim()} axes: {tuple(value.shape)}")
+    if value.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"{function}: {name} must have dtype uint8, int16, int32 or int64, got {value.dtype}")
+
+
+def on_device(function: str, name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{function}: {name} must be on device {x.device} as the input is, got {value.device}")
+
+
 def alike(function: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
     """Same device, and same dtype unless autocast is about to make it so."""
     if a.device != b.device:
         raise ValueError(f"{function}: {second} must be on {first}'s device {a.device}, got {b.device}")
-    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+    lowered = torch.is_autocast_enabled(a.device.type) and torch.float64 not in (a.dtype, b.dtype)
+    if a.dtype != b.dtype and not lowered:
         raise TypeError(f"{function}: {second} must have {first}'s dtype {a.dtype}, got {b.dtype}")
 
 
@@ -38,9 +56,20 @@ def pair(function: str, name: str, value: Any, *, odd: bool = False) -> tuple[in
     return both[0], both[1]
 
 
-def positive(function: str, name: str, value: Any) -> None:
+def integer(function: str, name: str, value: Any) -> None:
     if type(value) is not int:
         raise TypeError(f"{function}: {name} must be an int, got {value!r}")
+
+
+def number(function: str, name: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
+    if not low <= value <= high:  # NaN too
+        raise ValueError(f"{function}: {name} must be in [{low:g}, {high:g}], got {value!r}")
+
+
+def positive(function: str, name: str, value: Any) -> None:
+    integer(function, name, value)
     if value < 1:
         raise ValueError(f"{function}: {name} must be at least 1, got {value}")
 

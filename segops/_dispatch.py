@@ -39,17 +39,32 @@ class Backend:
 
     Attributes:
         name: What ``use_backend`` calls it.
-        run: Takes the op's arguments, returns its outputs.
+        run: Takes the op's arguments, returns its outputs; None where the op does without this backend by design.
         available: None, or why this backend can run nothing here (not built, not installed).
         why_not: None, or why it refuses these arguments; looks at shapes, dtypes and devices only.
         by_name_only: Never chosen automatically.
+        compiled: What runs it, if that is compiled.
     """
 
     name: str
-    run: Callable[..., Any]
+    run: Callable[..., Any] | None
     available: Callable[[], str | None] = lambda: None
     why_not: Callable[..., str | None] = lambda *args: None
     by_name_only: bool = False
+    compiled: Compiled | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A function over a compiled op.
+
+    Attributes:
+        op: The native op that it calls.
+        bind: Namespace of compiled ops -> function of the op's arguments.
+    """
+
+    op: str
+    bind: Callable[[str], Callable[..., Any]]
 
 
 class Call(NamedTuple):
@@ -82,8 +97,7 @@ class Op:
         reference: Its meaning, with the arguments of the schema; runs where no backend does.
         fake: Outputs of the right shape, dtype and strides, from the arguments of the schema.
         backends: Device type to rows, the preferred one first.
-        native: Namespace of compiled ops -> function of the op's arguments that runs there.
-        autocast: Cast floating-point tensors to the autocast dtype on the way in.
+        autocast: Arguments that autocast casts to its dtype on the way in.
     """
 
     def __init__(
@@ -94,14 +108,11 @@ class Op:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         backends: Mapping[str, Sequence[Backend]],
-        native: Callable[[str], Callable[..., Any]] | None = None,
-        autocast: bool = True,
+        autocast: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.reference = reference
-        self.native = native
         self.backends = {device: list(backends.get(device, ())) for device in _DEVICES}
-        self.has_autocast = autocast
         _library.define(name + schema)
         torch.library.register_fake(f"segops::{name}", fake, lib=_library)
         for device, key in _DEVICES.items():
@@ -109,10 +120,20 @@ class Op:
             if autocast:
                 _library.impl(name, self._autocaster(device), f"Autocast{key}")
         self.overload = getattr(torch.ops.segops, name).default
+        self.arguments = [argument.name for argument in self.overload._schema.arguments]
+        self.autocast = tuple(autocast)
         OPS[name] = self
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
         torch.library.register_autograd(f"segops::{self.name}", backward, setup_context=setup_context, lib=_library)
+
+    def register_no_gradient(self) -> None:
+        """Says that no output has one, instead of the silence that torch would fill with zeros."""
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+        self.register_autograd(lambda ctx, *grads: (None,) * len(self.arguments), setup)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the op if a backend accepts the call, else the reference: eager, differentiable, compiles."""
@@ -124,9 +145,9 @@ class Op:
             return self.overload(*args)
         if not torch.compiler.is_compiling():
             self._note(device, "reference", refusals, args)
-        if self.has_autocast and torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self.reference(*_autocast(device, args))
+                return self.reference(*self._lowered(device, args))
         return self.reference(*args)
 
     def choose(self, device: str, args: Sequence[Any]) -> tuple[Backend | None, list[tuple[str, str]]]:
@@ -156,9 +177,10 @@ class Op:
         def run(*args: Any) -> Any:
             backend, refusals = self.choose(device, args)
             self._note(device, "reference" if backend is None else backend.name, refusals, args)
-            if backend is not None:
+            if backend is not None and backend.run is not None:
                 return backend.run(*args)
-            with _autograd_restored():  # the reference of a backward op differentiates
+            # The reference of a backward op differentiates.
+            with _autograd_restored(), torch.autocast(device, enabled=False):
                 return self.reference(*args)
 
         return run
@@ -169,9 +191,13 @@ class Op:
 
         def run(*args: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return self.overload(*_autocast(device, args))
+                return self.overload(*self._lowered(device, args))
 
         return run
+
+    def _lowered(self, device: str, args: Sequence[Any]) -> list[Any]:
+        dtype, names = torch.get_autocast_dtype(device), zip(args, self.arguments, strict=True)
+        return [_cast(arg, dtype) if name in self.autocast else arg for arg, name in names]
 
     def _note(self, device: str, backend: str, refusals: list[tuple[str, str]], args: Sequence[Any]) -> None:
         if _state.log is not None:
@@ -213,44 +239,55 @@ def _autograd_restored() -> Any:
     return torch._C._ForceDispatchKeyGuard(include, exclude)
 
 
-def _autocast(device: str, args: Sequence[Any]) -> tuple[Any, ...]:
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(arg: Any) -> Any:
-        if isinstance(arg, Tensor):  # float64 stays, as in torch's own autocast
-            return arg.to(dtype) if arg.is_floating_point() and arg.dtype != torch.float64 else arg
-        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-            return [cast(item) for item in arg]
-        return arg
-
-    return tuple(cast(arg) for arg in args)
+def _cast(arg: Any, dtype: torch.dtype) -> Any:
+    # float64 stays, as in torch's own autocast
+    return arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype != torch.float64 else arg
 
 
 def backends(
     *,
-    native: Callable[[str], Callable[..., Any]],
+    native: Compiled,
     triton: Callable[..., Any],
     why_not: Callable[..., str | None],
+    cuda: Compiled | str | None = None,
 ) -> dict[str, list[Backend]]:
-    """The table of an op that has all four backends.
+    """The table of an op.
 
     Args:
-        native: Namespace of compiled ops -> function of the op's arguments that runs there.
-        triton: Function of the op's arguments that runs ``segops.kernels``.
-        why_not: Why the arguments are refused, by either.
+        native: What runs the compiled op.
+        triton: Function of the op's arguments that runs the kernel.
+        why_not: Why the arguments are refused, by any.
+        cuda: What runs the CUDA row, where that is not ``native``; or why there is none.
     """
-    compiled = native("segops_C")
+    # Triton first until a GPU has measured the order.
     return {
         "cpu": [
-            Backend("cpu", compiled, lambda: _native.why_not("_C"), why_not),
+            compiled_row("cpu", native, "segops_C", _native.why_not("_C"), why_not),
             Backend("triton-interpret", triton, _interpreter_missing, why_not, by_name_only=True),
         ],
-        # Triton first until a GPU has measured the order.
         "cuda": [
             Backend("triton", triton, _triton_missing, why_not),
-            Backend("cuda", compiled, lambda: _native.why_not("_C_cuda"), why_not),
+            Backend("cuda", None, lambda: cuda)
+            if isinstance(cuda, str)
+            else compiled_row("cuda", cuda or native, "segops_C", _native.why_not("_C_cuda"), why_not),
         ],
     }
+
+
+def compiled_row(
+    name: str,
+    compiled: Compiled,
+    namespace: str,
+    missing: str | None,
+    why_not: Callable[..., str | None],
+    *,
+    key: str | None = None,
+    by_name_only: bool = False,
+) -> Backend:
+    """A row that runs ``compiled``, unless its module is ``missing`` or was built before the op was written."""
+    if missing is None and not _native.has(f"{namespace}::{compiled.op}", key or _DEVICES[name]):
+        missing = f"{namespace} has no {compiled.op}: build again"
+    return Backend(name, compiled.bind(namespace), lambda: missing, why_not, by_name_only, compiled)
 
 
 # Looked up at import, and without importing triton: Dynamo traces the router and cannot trace an import.

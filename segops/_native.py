@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import os
 from pathlib import Path
 
 import torch
 
-MODULES = ("_C", "_C_cuda")
+MODULES = ("_C", "_C_cuda", "_labels")
 CPU_ISAS = ("base", "avx2", "avx512")
 
 _MINIMUM_TORCH = (2, 11)
@@ -18,6 +19,12 @@ _reasons: dict[str, str | None] = {}
 def why_not(module: str) -> str | None:
     """None when ``module`` is loaded, else one sentence that says why it is not."""
     return _reasons[module]
+
+
+def has(op: str, key: str) -> bool:
+    """Whether a compiled ``op`` ("namespace::name") was loaded for a dispatch key."""
+    namespace, name = op.split("::")
+    return hasattr(getattr(torch.ops, namespace), name) and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
 
 
 def cpu_isa(cap: str | None = None) -> str:
@@ -40,6 +47,12 @@ def _load(module: str) -> str | None:
     found = [path for path in found if path.exists()]
     if not found:
         return f"segops.{module} was not built"
+    if module == "_labels":  # pybind11 and numpy, any torch
+        try:
+            importlib.import_module("segops._labels")
+        except ImportError as error:
+            return f"segops._labels did not load: {error}"
+        return None
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _MINIMUM_TORCH:
         return f"segops.{module} needs torch >= 2.11, found {torch.__version__}"

@@ -1,8 +1,24 @@
 """The operators. Importing a module here puts its op into the table; the functions stay in their modules."""
 
 from .. import _dispatch
-from . import local_attention
+from . import (
+    confusion_matrix,
+    dupsample,
+    dupsample_argmax,
+    dupsample_cross_entropy,
+    local_attention,
+    upsample_argmax,
+    upsample_cross_entropy,
+)
 
-__all__ = ["local_attention"]
+__all__ = [
+    "confusion_matrix",
+    "dupsample",
+    "dupsample_argmax",
+    "dupsample_cross_entropy",
+    "local_attention",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+]
 
 _dispatch.apply_environment()

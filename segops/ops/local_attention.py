@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch
-from .._dispatch import Op
+from .._dispatch import Compiled, Op
 from ..reference.local_attention import local_attention as reference
+from ._gradients import differentiate_through_reference, pull_back
 
 __all__ = ["local_attention"]
 
@@ -173,14 +174,7 @@ def _fake_backward(grad_out, grad_lse, query, key, value, out, lse, *window):
 
 
 def _reference_backward(grad_out, grad_lse, query, key, value, out, lse, *window):
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (query, key, value)]
-        outputs = reference(*inputs, *window)
-        kept = [(o, g.to(o.dtype)) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
-        return torch.autograd.grad(
-            [o for o, _ in kept], inputs, [g for _, g in kept], create_graph=create_graph, materialize_grads=True
-        )
+    return pull_back(lambda *inputs: reference(*inputs, *window), (query, key, value), (grad_out, grad_lse))
 
 
 def _setup_context(ctx, inputs, output):
@@ -198,27 +192,6 @@ def _backward(ctx, grad_out, grad_lse):
         grad_out = torch.zeros_like(out)
     gradients = BACKWARD(grad_out, grad_lse, query, key, value, out, lse, *ctx.window)
     return (*gradients, *(None,) * 5)
-
-
-def _setup_double(ctx, inputs, output):
-    grad_out, grad_lse, query, key, value, _, _, *window = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_out, grad_lse, query, key, value)
-    ctx.window = window
-
-
-def _double_backward(ctx, *grads):
-    tensors, window = ctx.saved_tensors, ctx.window
-    if all(g is None for g in grads):
-        return (None,) * (len(tensors) + 2 + len(window))
-    with torch.enable_grad():
-        inputs = [None if x is None else x.detach().requires_grad_() for x in tensors]
-        first = _reference_backward(*inputs, None, None, *window)
-        used = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None]
-        wanted = [x for x in inputs if x is not None]
-        second = iter(torch.autograd.grad([f for f, _ in used], wanted, [g for _, g in used], allow_unused=True))
-    gradients = [None if x is None else next(second) for x in inputs]
-    return (*gradients, None, None, *(None for _ in window))  # out and lse are saved values, not inputs of the formula
 
 
 def _why_not(query: Tensor, *args: Any) -> str | None:
@@ -273,8 +246,12 @@ OP = Op(
     "str border) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends=_dispatch.backends(native=_native_forward, triton=_triton_forward, why_not=_why_not),
-    native=_native_forward,
+    backends=_dispatch.backends(
+        native=Compiled("local_attention", _native_forward),
+        triton=_triton_forward,
+        why_not=_why_not,
+    ),
+    autocast=("query", "key", "value"),
 )
 OP.register_autograd(_backward, _setup_context)
 
@@ -284,8 +261,10 @@ BACKWARD = Op(
     "int[2] kernel_size, int[2] dilation, int num_heads, float scale, str border) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    backends=_dispatch.backends(native=_native_backward, triton=_triton_backward, why_not=_why_not_backward),
-    native=_native_backward,
-    autocast=False,
+    backends=_dispatch.backends(
+        native=Compiled("local_attention_backward", _native_backward),
+        triton=_triton_backward,
+        why_not=_why_not_backward,
+    ),
 )
-BACKWARD.register_autograd(_double_backward, _setup_double)
+differentiate_through_reference(BACKWARD, ("grad_out", "grad_lse", "query", "key", "value"), saved=("out", "lse"))

@@ -7,6 +7,8 @@ import functools
 from segops import _dispatch
 from segops._dispatch import Backend
 
+NAME = "cuda-emulated"
+
 
 @functools.cache
 def missing() -> str | None:
@@ -18,6 +20,12 @@ def missing() -> str | None:
     except build.Unavailable as error:
         return str(error)
     for op in _dispatch.OPS.values():
-        if op.native is not None:
-            op.backends["cpu"].append(Backend("cuda-emulated", op.native("segops_emulated"), by_name_only=True))
+        cuda = next(row for row in op.backends["cuda"] if row.name == "cuda")
+        if cuda.compiled is None:
+            emulated = Backend(NAME, None, cuda.available, by_name_only=True)
+        else:
+            emulated = _dispatch.compiled_row(
+                NAME, cuda.compiled, "segops_emulated", None, cuda.why_not, key="CPU", by_name_only=True
+            )
+        op.backends["cpu"].append(emulated)
     return None

@@ -1,0 +1,232 @@
+// What the upsampling kernels share: the pixels they work on, rows of logits as planes, and powers of two.
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+constexpr double ln2 = 0.69314718055994531, log2e = 1.4426950408889634;
+
+// 2^x for |x| <= 125 and NaN: a minimax polynomial on |f| <= 1/2, within 1.4 ulp. For double the series of vexp.
+[[gnu::always_inline]] inline Vec<float> vexp2(Vec<float> x) {
+  using S = Simd<float>;
+  const Vec<float> shifted = x + S::round_magic, f = x - (shifted - S::round_magic);
+  Vec<float> p = f * 0x1.470b4ap-13f + 0x1.5f7276p-10f;
+  p = p * f + 0x1.3b270ep-7f;
+  p = p * f + 0x1.c6ae72p-5f;
+  p = p * f + 0x1.ebfbe2p-3f;
+  p = p * f + 0x1.62e432p-1f;
+  p = p * f + 1.0f;
+  const auto power = __builtin_bit_cast(typename S::bits, shifted) << S::mantissa;
+  return __builtin_bit_cast(Vec<float>, __builtin_bit_cast(typename S::bits, p) + power);
+}
+[[gnu::always_inline]] inline Vec<double> vexp2(Vec<double> x) { return vexp<double>(x * ln2); }
+
+// The same for any x: 0 far below.
+template <typename A>
+[[gnu::always_inline]] inline Vec<A> vexp2_any(Vec<A> x) {
+  const auto tiny = x < Vec<A>{} - 120;
+  const Vec<A> y = vexp2(tiny ? Vec<A>{} : x);
+  return tiny ? Vec<A>{} : x != x ? x : y;
+}
+
+template <typename A>
+[[gnu::always_inline]] inline Vec<A> blend(Vec<A> a, Vec<A> b, Vec<A> weight) {
+  return a * (1 - weight) + b * weight;
+}
+
+inline float scalar(float x) { return x; }
+inline double scalar(double x) { return x; }
+inline float scalar(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline float scalar(fp16 x) { return widen(&x, 1)[0]; }
+
+// out[k][x] = pixel x of class k, whole vectors of pixels: the last is filled up with zeros.
+template <typename T, typename A>
+void load_planes(const T* in, int64_t class_stride, int64_t pixel_stride, int64_t classes, int64_t count, A* out,
+                 int64_t stride) {
+  constexpr int L = Simd<A>::lanes;
+  if (pixel_stride == 1) {
+    for (int64_t k = 0; k < classes; ++k) {
+      const T* from = in + k * class_stride;
+      int64_t x = 0;
+      for (; x + L <= count; x += L) store(out + k * stride + x, widen(from + x));
+      if (x < count) store(out + k * stride + x, widen(from + x, count - x));
+    }
+  } else if (class_stride == 1) {
+    for (int64_t x = 0; x < count; x += L) {
+      const int64_t last = least(L, count - x) - 1;
+      for (int64_t k = 0; k < classes; k += L) {
+        const int64_t rows = least(L, classes - k);
+        const T* from = in + x * pixel_stride + k;
+        Vec<A> square[L];
+        if (rows == L && last == L - 1) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) square[i] = widen(from + i * pixel_stride);
+        } else {
+          for (int i = 0; i < L; ++i) square[i] = i <= last ? widen(from + i * pixel_stride, rows) : Vec<A>{};
+        }
+        transpose<A>(square);
+        for (int i = 0; i < rows; ++i) store(out + (k + i) * stride + x, square[i]);
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < classes; ++k)
+      for (int64_t x = 0; x < round_up(count, L); ++x)
+        out[k * stride + x] = x < count ? scalar(in[k * class_stride + x * pixel_stride]) : 0;
+  }
+}
+
+// The other way; `in` has room for whole vectors.
+template <typename T, typename A>
+void store_planes(const A* in, int64_t stride, int64_t classes, int64_t count, T* out, int64_t class_stride,
+                  int64_t pixel_stride) {
+  constexpr int L = Simd<A>::lanes;
+  if (pixel_stride == 1) {
+    for (int64_t k = 0; k < classes; ++k) {
+      T* to = out + k * class_stride;
+      int64_t x = 0;
+      for (; x + L <= count; x += L) narrow(load(in + k * stride + x), to + x);
+      if (x < count) narrow(load(in + k * stride + x), to + x, count - x);
+    }
+  } else if (class_stride == 1) {
+    for (int64_t x = 0; x < count; x += L) {
+      const int64_t pixels = least(L, count - x);
+      for (int64_t k = 0; k < classes; k += L) {
+        const int64_t rows = least(L, classes - k);
+        Vec<A> square[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) square[i] = load(in + (k + least(i, rows - 1)) * stride + x);
+        transpose<A>(square);
+        T* to = out + x * pixel_stride + k;
+        if (pixels == L && rows == L) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) narrow(square[i], to + i * pixel_stride);
+        } else {
+          for (int i = 0; i < pixels; ++i) narrow(square[i], to + i * pixel_stride, rows);
+        }
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < classes; ++k)
+      for (int64_t x = 0; x < count; ++x)
+        narrow(Vec<A>{} + in[k * stride + x], out + k * class_stride + x * pixel_stride, 1);
+  }
+}
+
+// Scratch memory is one allocation: each part takes what it needs, first to be counted, then for real.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <typename U>
+  U* take(int64_t count) {
+    U* at = base ? reinterpret_cast<U*>(base + used) : nullptr;
+    used += round_up(count * int64_t(sizeof(U)), 64);
+    return at;
+  }
+};
+
+constexpr int64_t pixel_block = 64;  // pixels in image order are worked on in blocks
+
+// What lies side by side in a vector. Upwards: the intervals of a row; each holds up to `phases` output pixels, the
+// logits of which run linearly between its two columns. Downwards: the output pixels, one per item, each with two
+// columns of its own that are fetched into planes of their own.
+template <typename A>
+struct Items {
+  static constexpr int L = Simd<A>::lanes;
+  const Line* line;
+  bool upwards;
+  int64_t phases, chunk;  // of which a pass takes `chunk`
+  int64_t room;                 // items that fit
+  int64_t width, right, stride; // of a plane of items; from an item's left column to its right one; between classes
+  int64_t begin = 0, count = 0, pixel_begin = 0, pixels = 0, column_begin = 0, columns = 0;
+  // By item, [padded_phases][width]: its pixels, and the weights of its columns; 0 where there is no pixel.
+  int32_t* pixel;
+  A *left_share, *right_share, *start;  // start [width]: weight of the right column at the first pixel
+  // By pixel: its place in that order, its item, its weight of the right column.
+  int32_t *place, *item;
+  A* weight;
+
+  Items() = default;
+  Items(const Line& along, int64_t room)
+      : line(&along), upwards(line->in <= line->out), phases(upwards ? line->longest : 1), chunk(chunks(phases)),
+        room(least(room, items())) {
+    width = round_up(this->room, L) + L;  // whole vectors, and the right columns of the last
+    if (width / L % 2 == 0) width += L;   // rows a multiple of a page apart would share cache sets
+    right = upwards ? 1 : width;
+    stride = upwards ? width : 2 * width;
+  }
+  static int64_t chunks(int64_t phases) {
+    const int64_t passes = (phases + 7) / 8;
+    return (phases + passes - 1) / passes;
+  }
+  int64_t padded_phases() const { return round_up(phases, chunk); }
+  int64_t pixel_room() const { return round_up(phases * room, pixel_block); }
+  int64_t items() const { return upwards ? line->in + 1 : line->out; }
+  void take(Arena& arena) {
+    const int64_t places = padded_phases() * width, pixels = pixel_room();
+    pixel = arena.take<int32_t>(places), place = arena.take<int32_t>(pixels), item = arena.take<int32_t>(pixels);
+    left_share = arena.template take<A>(places), right_share = arena.template take<A>(places);
+    start = arena.template take<A>(width), weight = arena.template take<A>(pixels);
+  }
+  int64_t left_column(int64_t item) const { return most(0, (upwards ? item : line->interval[item]) - 1); }
+  int64_t right_column(int64_t item) const { return least(line->in - 1, upwards ? item : line->interval[item]); }
+
+  void set(int64_t from, int64_t to) {
+    begin = from, count = to - from;
+    column_begin = left_column(from), columns = right_column(to - 1) + 1 - column_begin;
+    pixel_begin = upwards ? line->first[from] : from;
+    pixels = (upwards ? line->first[to] : to) - pixel_begin;
+    for (int64_t j = 0; j < width; ++j) {
+      const bool real = j < count;
+      const int64_t first = real ? (upwards ? line->first[from + j] : from + j) - pixel_begin : 0;
+      const int64_t held = real ? (upwards ? line->first[from + j + 1] - line->first[from + j] : 1) : 0;
+      start[j] = held ? A(line->weight[pixel_begin + first]) : 0;
+      for (int64_t i = 0; i < padded_phases(); ++i) {
+        const int64_t at = i * width + j, x = first + i;
+        pixel[at] = i < held ? int32_t(x) : 0;
+        left_share[at] = i < held ? A(1 - line->weight[pixel_begin + x]) : 0;
+        right_share[at] = i < held ? A(line->weight[pixel_begin + x]) : 0;
+        if (i < held) place[x] = int32_t(at), item[x] = int32_t(j), weight[x] = right_share[at];
+      }
+    }
+    for (int64_t x = pixels; x < pixel_room(); ++x) place[x] = item[x] = 0, weight[x] = 0;
+  }
+
+  // planes[k][stride] = the columns of all items, of one row of logits.
+  template <typename T>
+  void fetch(const T* row, int64_t class_stride, int64_t pixel_stride, int64_t classes, A* planes) const {
+    if (upwards) {
+      const int64_t before = begin == 0 ? 1 : 0;
+      load_planes(row + column_begin * pixel_stride, class_stride, pixel_stride, classes, columns, planes + before,
+                  stride);
+      for (int64_t k = 0; k < classes; ++k) {
+        A* at = planes + k * stride;
+        if (before) at[0] = at[1];
+        at[count] = at[right_column(begin + count - 1) + 1 - begin];
+        for (int64_t j = count + 1; j < width; ++j) at[j] = 0;
+      }
+      return;
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const T *left = row + left_column(begin + j) * pixel_stride, *other = row + right_column(begin + j) * pixel_stride;
+      for (int64_t k = 0; k < classes; ++k) {
+        planes[k * stride + j] = scalar(left[k * class_stride]);
+        planes[k * stride + right + j] = scalar(other[k * class_stride]);
+      }
+    }
+  }
+};
+
+// Calls function.operator()<n>(), n from 1 to 8.
+template <typename Function>
+[[gnu::always_inline]] inline void with_phases(int64_t n, Function function) {
+  switch (n) {
+    case 1: return function.template operator()<1>();
+    case 2: return function.template operator()<2>();
+    case 3: return function.template operator()<3>();
+    case 4: return function.template operator()<4>();
+    case 5: return function.template operator()<5>();
+    case 6: return function.template operator()<6>();
+    case 7: return function.template operator()<7>();
+    default: return function.template operator()<8>();
+  }
+}
