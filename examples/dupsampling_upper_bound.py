@@ -33,6 +33,7 @@ import segops
 from data import Classes, DataError, Folder, Pairs, TrainingBatches, open_folder
 from segops import dupsampling
 from segops.metrics import ConfusionMatrix, Scores
+from segops.nn import LabelAutoencoder
 from train import at_least, atomic
 
 
@@ -153,18 +154,26 @@ def autoencoders(args: argparse.Namespace, classes: Classes, train_set: Pairs, v
     lines = ["", f"mIoU of the label autoencoder on val after {args.autoencoder} steps ({recipe})", ""]
     lines += [f"{'r':>3}{'bilinear':>11}{'C~ 64':>9}"]
     for r in (16, 32):
-        scores = [f"{autoencoder(args, classes, train_set, val_set, r, u).miou:.4f}" for u in ("bilinear", "dup")]
-        lines.append(f"{r:3}{scores[0]:>11}{scores[1]:>9}")
+        fit = dupsampling.fit(labels_of(train_set), len(classes.names), r, 64, ignore_index=classes.ignore_index)
+        bilinear, dup = (autoencoder(args, classes, train_set, val_set, r, one).miou for one in (None, fit))
+        lines.append(f"{r:3}{bilinear:11.4f}{dup:9.4f}")
     return lines
 
 
 def autoencoder(
-    args: argparse.Namespace, classes: Classes, train_set: Pairs, val_set: Pairs, r: int, upsampler: str
+    args: argparse.Namespace,
+    classes: Classes,
+    train_set: Pairs,
+    val_set: Pairs,
+    r: int,
+    fit: dupsampling.DUpsamplingFit | None,
 ) -> Scores:
-    from segops.nn import LabelAutoencoder
-
+    """The network with DUpsampling from ``fit``, which trains on with the rest; bilinear without one."""
     torch.manual_seed(args.seed)
+    upsampler = "dup" if fit else "bilinear"
     model = LabelAutoencoder(len(classes.names), output_stride=r, upsampler=upsampler)
+    if fit:
+        model.upsample.load_fit(fit)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, args.autoencoder, power=0.9)
     ignored = classes.ignore_index

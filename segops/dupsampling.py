@@ -197,11 +197,10 @@ def fit(
         codes = windows.product(_suffix_sums(basis, grid), _threads())
         variances = np.linalg.eigvalsh(codes.T @ codes / count - np.outer(mean @ basis, mean @ basis))[::-1]
     else:
-        with _bar(progress, "PCA", "product", None) as bar:
-            if gram is not None:
-                variances, vectors = _dense_pca(gram, grid, mean, count, channels, seed, bar)
-            else:
-                variances, vectors = _sparse_pca(windows, grid, mean, count, channels, seed, bar)
+        if gram is not None:
+            variances, vectors = _dense_pca(gram, grid, mean, count, channels, seed, progress)
+        else:
+            variances, vectors = _sparse_pca(windows, grid, mean, count, channels, seed, progress)
         size = np.abs(vectors)
         largest = (size > (1 - 1e-6) * size.max(0)).argmax(0)  # the first of those that differ by rounding only
         vectors *= np.where(vectors[largest, np.arange(channels)] < 0, -1.0, 1.0)
@@ -469,7 +468,7 @@ def _suffix_sums(table: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
 
 
 def _dense_pca(
-    gram: np.ndarray, grid: tuple[int, int, int], mean: np.ndarray, count: int, channels: int, seed: int, bar: Any
+    gram: np.ndarray, grid: tuple[int, int, int], mean: np.ndarray, count: int, channels: int, seed: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues [C~], largest first, and eigenvectors [N, C~]; overwrites the corners' Gram matrix."""
     r, _, k = grid
@@ -479,7 +478,7 @@ def _dense_pca(
     covariance -= np.outer(mean, mean)
     if len(mean) > _LANCZOS and channels < len(mean) // 4:
         try:
-            return _eigsh(lambda v: covariance @ v, len(mean), channels, seed, bar)
+            return _eigsh(lambda v: covariance @ v, len(mean), channels, seed, progress)
         except ImportError:
             pass
     values, vectors = np.linalg.eigh(covariance)
@@ -487,7 +486,7 @@ def _dense_pca(
 
 
 def _sparse_pca(
-    windows: Any, grid: tuple[int, int, int], mean: np.ndarray, count: int, channels: int, seed: int, bar: Any
+    windows: Any, grid: tuple[int, int, int], mean: np.ndarray, count: int, channels: int, seed: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same without the covariance: its product with a vector comes straight from the windows."""
 
@@ -495,21 +494,23 @@ def _sparse_pca(
         second = windows.gram_product(_suffix_sums(v, grid), _threads())
         return _prefix_sums(second.reshape(grid)).ravel() / count - mean * (mean @ v)
 
-    return _eigsh(product, len(mean), channels, seed, bar)
+    return _eigsh(product, len(mean), channels, seed, progress)
 
 
 def _eigsh(
-    product: Callable[[np.ndarray], np.ndarray], entries: int, channels: int, seed: int, bar: Any
+    product: Callable[[np.ndarray], np.ndarray], entries: int, channels: int, seed: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     linalg = _optional("scipy.sparse.linalg", f"PCA of windows with {entries} entries")
 
-    def counted(v: np.ndarray) -> np.ndarray:
-        bar.update()
-        return product(v.ravel())
-
-    operator = linalg.LinearOperator((entries, entries), matvec=counted, dtype=np.float64)
     start = np.random.default_rng(seed).standard_normal(entries)
-    values, vectors = linalg.eigsh(operator, k=channels, which="LA", v0=start)
+    with _bar(progress, "PCA", "product", None) as bar:
+
+        def counted(v: np.ndarray) -> np.ndarray:
+            bar.update()
+            return product(v.ravel())
+
+        operator = linalg.LinearOperator((entries, entries), matvec=counted, dtype=np.float64)
+        values, vectors = linalg.eigsh(operator, k=channels, which="LA", v0=start)
     order = np.argsort(-values, kind="stable")
     return values[order], vectors[:, order]
 
