@@ -255,15 +255,28 @@ def sum_parts(out: Tensor, parts: Tensor, temperature: Tensor | None, unit: Tens
     return Launch(_sum_parts, (triton.cdiv(out.numel(), 1024),), args)
 
 
+def half_configuration(channels: int, classes: int, block_m: int, most: int) -> dict[str, Any]:
+    """Blocks of channels and classes in half precision, within the 64 KiB of shared memory that every GPU has.
+
+    A program keeps all channels of its cells where they are up to 256, and all classes of a sub-pixel arrive at once,
+    twice, where there is room; else 32 classes do.
+    """
+    block_c = max(triton.next_power_of_2(channels), 16)
+    if block_c > 256:
+        return {**widths(classes, 16, 32, 32), "BLOCK_C": 64}
+    tiles = widths(classes, 16, most, 256)
+    if 2 * block_c * (block_m + 2 * tiles["SPAN"]) > 64 << 10:
+        tiles = widths(classes, 16, 32, 32)
+    return {**tiles, "BLOCK_C": block_c}
+
+
 def forward_configuration(channels: int, classes: int, itemsize: int) -> dict[str, Any]:
     """Blocks of cells, channels and classes, warps and stages of the kernels that hold all logits of a pixel."""
-    block_c = max(triton.next_power_of_2(channels), 16)
     if itemsize == 2:
-        wide = classes > 64
-        resident = block_c <= (128 if wide else 256)
-        tiles = widths(classes, 16, 64, 256)
-        return {**tiles, "BLOCK_M": 128, "BLOCK_C": block_c if resident else 64, "num_warps": 8 if wide else 4,
-                "num_stages": 2 if wide else 3}  # fmt: skip
+        block_m = 128 if channels <= 128 else 64
+        num_warps = 8 if classes > 64 and block_m == 128 else 4
+        return {**half_configuration(channels, classes, block_m, 64), "BLOCK_M": block_m, "num_warps": num_warps,
+                "num_stages": 3 if max(channels, classes) <= 64 else 2}  # fmt: skip
     if itemsize == 4:
         return {**widths(classes, 16, 32, 32), "BLOCK_M": 64, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
     return {**widths(classes, 16, 16, 16), "BLOCK_M": 16, "BLOCK_C": 16, "num_warps": 4, "num_stages": 1}
@@ -303,7 +316,8 @@ def aot_inputs(dtype: str, layout: str, channels: int, classes: int) -> dict[str
     }
 
 
-def aot_names(least: tuple[str, ...] = ("fp16", "bf16", "fp32", "fp64")) -> list[tuple[str, str, int, int]]:
+def aot_names() -> list[tuple[str, str, int, int]]:
     """(dtype, layout, channels, classes) of the shipped configurations."""
-    names = [(dtype, "channels_last", 64, classes) for dtype in least for classes in (21, 150)]
-    return [*names, ("bf16", "nchw", 64, 21), ("bf16", "channels_last", 256, 21), ("bf16", "nchw", 256, 150)]
+    names = [(dtype, "channels_last", 64, classes) for dtype in DTYPES for classes in (21, 150)]
+    names += [("bf16", "channels_last", channels, 21) for channels in (128, 256)]
+    return [*names, ("bf16", "nchw", 64, 21), ("bf16", "nchw", 256, 150)]

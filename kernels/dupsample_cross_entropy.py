@@ -38,6 +38,7 @@ from ._dupsample import (
     cells,
     forward_configuration,
     geometry,
+    half_configuration,
     layout,
     load_rows,
     log2,
@@ -519,13 +520,11 @@ def _unit(grad_loss: Tensor, x: Tensor) -> Tensor | None:
 
 
 def backward_x_configuration(channels: int, classes: int, itemsize: int) -> dict[str, Any]:
+    """Blocks of cells, channels and classes, warps and stages."""
     block_c = max(triton.next_power_of_2(channels), 16)
     if itemsize == 2:
-        resident = block_c <= (128 if classes > 64 else 256)
-        # A loop over tiles where there is one over channels: unrolled, the addresses of both spill.
-        tiles = widths(classes, 16, 32, 256 if resident else 32)
-        return {**tiles, "BLOCK_M": 64, "BLOCK_C": block_c if resident else 64,
-                "SLICE_C": min(block_c, 256), "num_warps": 4 if block_c <= 128 else 8, "num_stages": 2}  # fmt: skip
+        return {**half_configuration(channels, classes, 64, 32), "BLOCK_M": 64, "SLICE_C": min(block_c, 256),
+                "num_warps": 4 if block_c <= 128 else 8, "num_stages": 2}  # fmt: skip
     if itemsize == 4:
         return {**widths(classes, 16, 32, 32), "BLOCK_M": 64, "BLOCK_C": 16, "SLICE_C": min(block_c, 64),
                 "num_warps": 4, "num_stages": 2}  # fmt: skip
@@ -540,7 +539,7 @@ def backward_weight_configuration(
     width = max(triton.next_power_of_2(classes), 16)
     if itemsize == 2:
         resident = block_c <= 128
-        group = math.gcd(scale_factor, 2) if resident and abs(align) > 1 else 1
+        group = math.gcd(scale_factor, 2) if block_c <= 64 and abs(align) > 1 else 1
         return {"BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 128), "GROUP": group,
                 "WIDTH": min(width, 32), "num_warps": 4 if resident else 8, "num_stages": 2}  # fmt: skip
     if itemsize == 4:
