@@ -99,7 +99,10 @@ def extensions() -> list[setuptools.Extension]:
     if sources("labels", ".cpp"):
         from pybind11.setup_helpers import Pybind11Extension
 
-        built.append(Pybind11Extension("segops._labels", sources("labels", ".cpp"), cxx_std=20))
+        built.append(Pybind11Extension(
+            "segops._labels", sources("labels", ".cpp"), cxx_std=20,
+            extra_compile_args=["-O3", "-Wall", "-pthread"], extra_link_args=["-pthread"],
+        ))  # fmt: skip
     return built
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,9 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ("sm_80", "sm_90")
 FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # setup.py's
 
-# The kernels that an op's forward and backward launch, in order, and the template arguments that name their instances.
-PASSES = {"forward": ("forward",), "backward": ("query", "key")}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 STORED = {"bf16": "Bits16", "fp16": "Bits16", "fp32": "f", "fp64": "d"}
-_INSTANCE = re.compile(
-    r"\d([a-z]+)_kernelINS\d*_5ShapeI(?:NS\d*_6(Bits16)E|(f)|(d))(?:Li\d+E){3}Lb([01])ELb([01])"
-)  # kernel, element type, Exact, Alone
 
 
 def nvcc_missing() -> str | None:
@@ -66,15 +64,17 @@ def nvcc_object(source: Path, arch: str) -> Path:
 
 
 def cuda_rows() -> list[dict[str, Any]]:
-    """One row per direction, dtype, layout, window and architecture, for LDv2 on 2 x 256 x 128 x 128."""
+    """One row per kernel launch of every named call, and architecture."""
     rows = []
-    for name, instance, launch in _cases():
-        for arch in ARCHS:
-            usage, instructions = _facts(arch)[instance]
-            row = {"kernel": name, "arch": arch, "registers": usage["registers"], "spill_bytes": usage["stack"]}
-            row |= launch | instructions
-            row["occupancy"] = _sass().occupancy(arch, usage["registers"], launch["shared"], launch["threads"])
-            rows.append(row)
+    for source in SOURCES:
+        audited = AUDITED[source.stem]
+        for name, instance, launch in audited.cases():
+            for arch in ARCHS:
+                usage, instructions = _facts(source, arch)[instance]
+                row = {"kernel": name, "arch": arch, "registers": usage["registers"], "spill_bytes": usage["stack"]}
+                row |= launch | instructions
+                row["occupancy"] = _sass().occupancy(arch, usage["registers"], launch["shared"], launch["threads"])
+                rows.append(row)
     return rows
 
 
@@ -84,21 +84,84 @@ def _sass() -> Any:
     return _sass
 
 
+Instance = tuple[Any, ...]  # what tells the instances of one file's kernels from each other
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One .cu file.
+
+    Attributes:
+        instance: Mangled name of a kernel -> its instance.
+        cases: Name, instance and launch of every kernel that some named calls run.
+        hot_loop: Instructions of a kernel -> those of its hottest loop.
+    """
+
+    instance: Callable[[str], Instance]
+    cases: Callable[[], Iterator[tuple[str, Instance, dict[str, int]]]]
+    hot_loop: Callable[[list[Any]], Any]
+
+
 @functools.cache
-def _facts(arch: str) -> dict[tuple[str, str, bool, bool], tuple[dict[str, int], dict[str, Any]]]:
-    """By kernel, element type, and whether the window and the single column phase are compiled in."""
-    sass, facts = _sass(), {}
-    path = nvcc_object(ROOT / "csrc" / "cuda" / "local_attention.cu", arch)
+def _facts(source: Path, arch: str) -> dict[Instance, tuple[dict[str, int], dict[str, Any]]]:
+    sass, audited, facts = _sass(), AUDITED[source.stem], {}
+    path = nvcc_object(source, arch)
     instructions = sass.sass(path)
     for name, usage in sass.resource_usage(path).items():
-        kernel, *stored, exact, alone = _INSTANCE.search(name).groups()
         mix = {
             "load_widths": sass.load_widths(instructions[name]),
-            "hot_loop": sass.hot_loop_mix(_products(instructions[name])),
+            "hot_loop": sass.hot_loop_mix(audited.hot_loop(instructions[name])),
             "tensor_core": sass.tensor_core(instructions[name]),
         }
-        facts[kernel, next(filter(None, stored)), exact == "1", alone == "1"] = usage, mix
+        facts[audited.instance(name)] = usage, mix
     return facts
+
+
+def _launches(call: Callable[[Any], None], count: int) -> list[dict[str, int]]:
+    """The launches that the host code makes for a call of ``count`` kernels, emulated and run dry."""
+    sys.path.insert(0, str(ROOT))
+    from tests.emulation import build
+
+    build.load()
+    ops = torch.ops.segops_emulated
+    ops.dry_run(True)
+    call(ops)
+    launches = [
+        {field: ops.launched(i, what) for what, field in enumerate(("blocks", "threads", "shared"))}
+        for i in range(count)
+    ]
+    ops.dry_run(False)
+    return launches
+
+
+# local_attention: LDv2 on 2 x 256 x 128 x 128; kernel, element type, and whether the window and the single column phase
+# are compiled in.
+
+_ATTENTION = re.compile(r"\d([a-z]+)_kernelINS\d*_5ShapeI(?:NS\d*_6(Bits16)E|(f)|(d))(?:Li\d+E){3}Lb([01])ELb([01])")
+_ATTENTION_PASSES = {"forward": ("forward",), "backward": ("query", "key")}
+
+
+def _attention_instance(name: str) -> Instance:
+    kernel, *stored, exact, alone = _ATTENTION.search(name).groups()
+    return kernel, next(filter(None, stored)), exact == "1", alone == "1"
+
+
+def _attention_cases() -> Iterator[tuple[str, Instance, dict[str, int]]]:
+    for (dtype, torch_dtype), (layout, memory_format) in itertools.product(DTYPES.items(), LAYOUTS.items()):
+        q, k, v, out, g, gq, gk, gv = (
+            torch.empty(2, 256, 128, 128, dtype=torch_dtype, memory_format=memory_format) for _ in range(8)
+        )
+        lse = torch.empty(2, 8, 128, 128, dtype=torch.float64 if dtype == "fp64" else torch.float32)
+        for size, (direction, kernels) in itertools.product((5, 7), _ATTENTION_PASSES.items()):
+            window = [size, size], [6, 6], 8, 1.0, 0
+            exact = size == 5 and dtype != "fp64"
+            tensors = (out, lse, q, k, v) if direction == "forward" else (gq, gk, gv, g, None, q, k, v, out, lse)
+            op = "local_attention" if direction == "forward" else "local_attention_backward"
+            launches = _launches(lambda ops, op=op, args=(*tensors, *window): getattr(ops, op)(*args), len(kernels))
+            for kernel, launch in zip(kernels, launches, strict=True):
+                full = direction if len(kernels) == 1 else f"{direction}_{kernel}"
+                instance = kernel, STORED[dtype], exact, exact and layout == "channels_last"
+                yield f"local_attention/cuda/{full}/{dtype}/{layout}/d32/k{size}", instance, launch
 
 
 def _products(instrs: list[Any]) -> list[Any]:
@@ -112,34 +175,30 @@ def _products(instrs: list[Any]) -> list[Any]:
     return max(inner, key=lambda loop: sum(i.mnemonic in ("FFMA", "DFMA") for i in loop))
 
 
-def _cases():
-    """Name, instance of the kernel (see ``_facts``) and launch, which is the host code's, emulated and run dry."""
-    sys.path.insert(0, str(ROOT))
-    from tests.emulation import build
+# dupsample: what torch's products leave to do, for 8 x 33 x 33 cells and 21 classes, r = 16; kernel and element type.
 
-    build.load()
-    ops = torch.ops.segops_emulated
-    for dtype, torch_dtype in DTYPES.items():
-        for layout, memory_format in LAYOUTS.items():
-            q, k, v, out, g, gq, gk, gv = (
-                torch.empty(2, 256, 128, 128, dtype=torch_dtype, memory_format=memory_format) for _ in range(8)
-            )
-            lse = torch.empty(2, 8, 128, 128, dtype=torch.float64 if dtype == "fp64" else torch.float32)
-            for size in (5, 7):
-                window = [size, size], [6, 6], 8, 1.0, 0
-                exact = size == 5 and dtype != "fp64"
-                for direction, kernels in PASSES.items():
-                    ops.dry_run(True)
-                    if direction == "forward":
-                        ops.local_attention(out, lse, q, k, v, *window)
-                    else:
-                        ops.local_attention_backward(gq, gk, gv, g, None, q, k, v, out, lse, *window)
-                    launches = [[ops.launched(i, what) for what in range(3)] for i in range(len(kernels))]
-                    ops.dry_run(False)
-                    for kernel, (blocks, threads, shared) in zip(kernels, launches, strict=True):
-                        full = direction if len(kernels) == 1 else f"{direction}_{kernel}"
-                        yield (
-                            f"local_attention/cuda/{full}/{dtype}/{layout}/d32/k{size}",
-                            (kernel, STORED[dtype], exact, exact and layout == "channels_last"),
-                            {"blocks": blocks, "threads": threads, "shared": shared},
-                        )
+_REARRANGE = re.compile(r"\d(rearrange(?:_backward)?)_kernelI(?:NS\d*_6(Bits16)E|(f)|(d))E")
+
+
+def _rearrange_instance(name: str) -> Instance:
+    kernel, *stored = _REARRANGE.search(name).groups()
+    return kernel, next(filter(None, stored))
+
+
+def _rearrange_cases() -> Iterator[tuple[str, Instance, dict[str, int]]]:
+    for (dtype, torch_dtype), (layout, memory_format) in itertools.product(DTYPES.items(), LAYOUTS.items()):
+        pixels = torch.empty(8, 21, 528, 528, dtype=torch_dtype).to(memory_format=memory_format)
+        columns = torch.empty(8, 256 * 21, 33 * 33, dtype=torch_dtype)
+        calls = {
+            "rearrange": lambda ops, a=pixels, b=columns: ops.dupsample_rearrange(a, b, None, None, 16),
+            "rearrange_backward": lambda ops, a=pixels, b=columns: ops.dupsample_rearrange_backward(b, a, None, 16),
+        }
+        for kernel, call in calls.items():
+            [launch] = _launches(call, 1)
+            yield f"dupsample/cuda/{kernel}/{dtype}/{layout}/k21", (kernel, STORED[dtype]), launch
+
+
+AUDITED = {
+    "dupsample": Audited(_rearrange_instance, _rearrange_cases, lambda instrs: _sass().hot_loop(instrs)),
+    "local_attention": Audited(_attention_instance, _attention_cases, _products),
+}

@@ -109,11 +109,15 @@ def dup_work(sample: Sample, dtype: torch.dtype, direction: str, label_bytes: in
 def bilinear_work(
     sample: Sample, size: tuple[int, int], dtype: torch.dtype, direction: str, label_bytes: int, exps: bool
 ) -> list[Work]:
-    """8 flops to interpolate a logit and 8 to spread its gradient."""
+    """8 flops to interpolate a logit and 8 to spread its gradient.
+
+    Between two source columns a row of logits is linear, hence its exponentials a geometric series: two suffice.
+    """
     n, k, h, w = sample.shapes["logits"]
     out = n * k * size[0] * size[1]
+    softmax = n * k * size[0] * min(size[1], 2 * w) if exps else 0
     tensor, labels = n * k * h * w * dtype.itemsize, n * size[0] * size[1] * label_bytes
-    forward, backward = Work(tensor + labels, 8 * out, out * exps), Work(2 * tensor + labels, 16 * out, out * exps)
+    forward, backward = Work(tensor + labels, 8 * out, softmax), Work(2 * tensor + labels, 16 * out, softmax)
     return [forward] if direction == FORWARD else [forward, backward]
 
 

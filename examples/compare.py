@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import segops
-from network import StreetNet
+from memory import peak_mib
+from network import MODELS, StreetNet
 
 SIDES = ("fused", "reference")
 
@@ -43,7 +44,7 @@ def compare(checkpoint: Path, model: StreetNet, image: Tensor, target: Tensor, i
             logits[side] = models[side](image).detach()
             torch.manual_seed(0)
             gradients[side] = _gradients(models[side], image, target, ignore_index)
-        backends[side] = sorted({call.backend for call in log})
+        backends[side] = {call.op: call.backend for call in log}
     worst = max(gradients["fused"], key=lambda name: _difference(gradients, name))
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(rounds + 1):
@@ -71,13 +72,17 @@ def table(result: dict) -> str:
     fused, reference = result["step_ms"]["fused"], result["step_ms"]["reference"]
     less, more = result["peak_mib"]["fused"], result["peak_mib"]["reference"]
     logits, gradient = result["logits"], result["gradient"]
-    ran = {side: "+".join(names) for side, names in result["backends"].items()}
+    ran = [
+        f"  {f'{op} ran on':31}{backend:>12}{result['backends']['reference'].get(op, '-'):>12}"
+        for op, backend in result["backends"]["fused"].items()
+        if not op.endswith("_backward")
+    ]
     batch = "x".join(map(str, result["batch"]))
     return "\n".join(
         [
             f"fused against reference on {result['device']}, {result['threads']} CPU threads, batch {batch}",
             f"  {'':31}{'fused':>12}{'reference':>12}{'ratio':>9}",
-            f"  {'local_attention ran on':31}{ran['fused']:>12}{ran['reference']:>12}",
+            *ran,
             f"  {'ms per training step':31}{fused:12.1f}{reference:12.1f}{reference / fused:8.2f}x",
             f"  {'peak memory of a step, MiB':31}{less:12.1f}{more:12.1f}{more / max(less, 1e-9):8.2f}x",
             f"  largest difference of the logits   {logits['difference']:.1e}  "
@@ -130,33 +135,6 @@ def _peak_in_fresh_process(checkpoint: Path, side: str, image: Tensor) -> float:
     return float(run.stdout.split()[-1])
 
 
-def _peak_memory(step: Callable[[int, int], None], device: str, height: int, width: int) -> float:
-    """MiB that ``step(height, width)`` needs beyond what stays after a step on a small image."""
-    step(min(32, height), min(32, width))
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(height, width)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _high_water()
-    step(height, width)
-    return (_high_water() - before) / 2**20
-
-
-def _high_water() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: a child inherits its parent's ru_maxrss through fork and exec; VmHWM starts anew.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of one training step in this process, in MiB.")
     parser.add_argument("checkpoint", type=Path)
@@ -167,7 +145,7 @@ def _main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     saved = torch.load(args.checkpoint, weights_only=True)
-    model = StreetNet(**saved["network"])
+    model = MODELS[saved["recipe"]["model"]].build(**saved["network"])
     model.load_state_dict(saved["model"])
     model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -181,7 +159,8 @@ def _main() -> None:
         optimizer.step()
 
     with _backend(args.side):
-        print(_peak_memory(step, args.device, *size))
+        step(*(min(32, side) for side in size))
+        print(peak_mib(lambda: step(*size), args.device))
 
 
 if __name__ == "__main__":

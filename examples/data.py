@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -198,6 +199,11 @@ class TrainingBatches(torch.utils.data.Dataset):
         contrast = rng.uniform(0.75, 1.25)
         image = np.clip((image * gain - 128) * contrast + 128, 0, 255)
         return image.astype(np.uint8), label
+
+
+def labels_of(pairs: Pairs) -> Sequence[Path] | Sequence[np.ndarray]:
+    """The label maps alone; of a folder their paths, so that no image is decoded."""
+    return pairs.labels if isinstance(pairs, Folder) else [pairs[i][1] for i in range(len(pairs))]
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

@@ -1,71 +1,118 @@
-"""A small street-scene network: strided residual backbone, GALD decoder with fused local distribution."""
+"""Small street-scene networks, one per row of MODELS: a strided residual backbone under a decoder of segops.nn."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from segops.nn import GALDHead
+import segops.dupsampling
+from segops.nn import ASPP, DUpsamplingDecoder, GALDHead
 
 
 class StreetNet(nn.Module):
     """Segments images of any size; small enough to train on two CPU cores.
 
     Args:
-        num_classes: K.
-        width: Channels at stride 8 and inside the decoder.
-        kernel_size: Taps per axis of the local distribution.
-        dilation: Distance between its taps at stride 8.
-        num_heads: Its heads.
-        border: Its border rule.
+        backbone: Image to feature maps, fine to coarse.
+        decode_head: A decoder of segops.nn for those maps.
+        context: Applied to the coarsest map.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        width: int = 64,
-        kernel_size: int = 5,
-        dilation: int = 3,
-        num_heads: int = 1,
-        border: str = "zero",
-    ) -> None:
+    def __init__(self, backbone: nn.Module, decode_head: nn.Module, context: nn.Module | None = None) -> None:
         super().__init__()
-        self.backbone = Backbone((width // 2, width, 2 * width))
-        self.decode_head = GALDHead(
-            (width, 2 * width), num_classes, strides=(4, 8), channels=width, ga="psp", ld="v2",
-            kernel_size=kernel_size, dilation=dilation, num_heads=num_heads, border=border, skip_channels=width // 2,
-        )  # fmt: skip
+        self.backbone, self.decode_head = backbone, decode_head
+        self.context = context or nn.Identity()
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        *fine, coarse = self.backbone(image)
+        return [*fine, self.context(coarse)]
 
     def forward(self, image: Tensor) -> Tensor:
-        """[N, 3, H, W] in [0, 1] to raw logits [N, K, ceil(H/4), ceil(W/4)]."""
-        return self.decode_head(self.backbone(image))
+        """[N, 3, H, W] in [0, 1] to raw logits at the decoder's output stride."""
+        return self.decode_head(self.features(image))
 
     def loss(self, image: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-        return self.decode_head.loss(self.backbone(image), target, ignore_index=ignore_index)
+        return self.decode_head.loss(self.features(image), target, ignore_index=ignore_index)
 
     def predict(self, image: Tensor) -> Tensor:
         """[N, 3, H, W] to labels [N, H, W]."""
-        return self.decode_head.predict(self.backbone(image), image.shape[2:])
+        return self.decode_head.predict(self.features(image), image.shape[2:])
+
+
+def gald(num_classes: int, *, width: int, kernel_size: int, dilation: int, num_heads: int, border: str) -> StreetNet:
+    """GALD at stride 8: pyramid pooling, then fused local distribution; logits at stride 4."""
+    head = GALDHead(
+        (width, 2 * width), num_classes, strides=(4, 8), channels=width, ga="psp", ld="v2", kernel_size=kernel_size,
+        dilation=dilation, num_heads=num_heads, border=border, skip_channels=width // 2,
+    )  # fmt: skip
+    return StreetNet(Backbone((width // 2, width, 2 * width)), head)
+
+
+def dupsampling(num_classes: int, *, width: int, dup_channels: int, learn_temperature: bool = True) -> StreetNet:
+    """ASPP and everything after it at stride 16, the finer maps resized to it; logits for every pixel."""
+    head = DUpsamplingDecoder(
+        (width, 2 * width, width), num_classes, strides=(4, 8, 16), channels=width, low_channels=max(width // 2, 1),
+        dup_channels=dup_channels, learn_temperature=learn_temperature,
+    )  # fmt: skip
+    # The rates of a crop of ten cells; DeepLab's 6, 12 and 18 would see nothing but the border.
+    context = ASPP(2 * width, channels=width, rates=(1, 2, 4))
+    return StreetNet(Backbone((width // 2, width, 2 * width), deep=2 * width), head, context)
+
+
+def learn_w(model: StreetNet, labels: Iterable[Any], ignore_index: int) -> None:
+    """Gives DUpsampling the principal components of the windows of label maps."""
+    layer = model.decode_head.upsample
+    layer.load_fit(
+        segops.dupsampling.fit(
+            labels, layer.num_classes, layer.scale_factor, layer.in_channels, ignore_index=ignore_index
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """What train.py must know of a network.
+
+    Attributes:
+        build: (num_classes, **options) to the network.
+        options: The arguments of train.py that ``build`` takes.
+        from_labels: Called once with the network, the label maps of the training set and the ignored label.
+    """
+
+    build: Callable[..., StreetNet]
+    options: tuple[str, ...]
+    from_labels: Callable[[StreetNet, Iterable[Any], int], None] | None = None
+
+
+MODELS = {
+    "gald": Model(gald, ("width", "kernel_size", "dilation", "num_heads", "border")),
+    "dupsampling": Model(dupsampling, ("width", "dup_channels"), from_labels=learn_w),
+}
 
 
 class Backbone(nn.Module):
-    """Image to features at strides 4 and 8; the residual blocks at stride 8 are dilated 1, 2 and 4."""
+    """Image to features at strides 4 and 8, where the residual blocks are dilated 1, 2 and 4; and 16 if ``deep``."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, widths: tuple[int, int, int]) -> None:
+    def __init__(self, widths: tuple[int, int, int], deep: int | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
         stem, fine, coarse = widths
         self.fine = nn.Sequential(ConvBN(3, stem, stride=2), ConvBN(stem, fine, stride=2), Residual(fine))
         self.coarse = nn.Sequential(ConvBN(fine, coarse, stride=2), *(Residual(coarse, d) for d in (1, 2, 4)))
+        self.deep = nn.Sequential(ConvBN(coarse, deep, stride=2), Residual(deep)) if deep else None
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         fine = self.fine((image - self.mean) / self.std)
-        return fine, self.coarse(fine)
+        coarse = self.coarse(fine)
+        return (fine, coarse) if self.deep is None else (fine, coarse, self.deep(coarse))
 
 
 class ConvBN(nn.Module):

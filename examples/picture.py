@@ -1,4 +1,4 @@
-"""A PNG grid: image, truth and prediction in rows, the legend with every class's IoU beside them."""
+"""PNGs: a grid of image, truth and prediction beside every class's IoU; and curves of the training loss."""
 
 from __future__ import annotations
 
@@ -49,6 +49,24 @@ def save(path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], clas
         labelspacing=0.7, title=f"class and its IoU on val\nmean IoU {scores.miou:.3f}\n", title_fontsize=12,
         alignment="left",
     )  # fmt: skip
+    figure.savefig(path, format="png")
+
+
+def curves(path: Path, losses: dict[str, list[float]]) -> None:
+    """Draws training losses against the step, each with its running mean."""
+    figure = Figure(figsize=(6.4, 3.6), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    for number, (name, values) in enumerate(losses.items()):
+        steps = np.arange(1, len(values) + 1)
+        window = max(1, len(values) // 20)
+        axis.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
+        means = np.convolve(values, np.full(window, 1 / window), "valid")
+        axis.plot(steps[window - 1 :], means, color=f"C{number}", label=name)
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png")
 
 

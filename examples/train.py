@@ -1,13 +1,15 @@
-"""Trains a segmentation network with segops' fused local attention, on a folder in CamVid layout or on made-up scenes.
+"""Trains a segmentation network with segops' fused layers, on a folder in CamVid layout or on made-up scenes.
 
-    python examples/train.py                                        # no data needed
+    python examples/train.py                                        # GALD, no data needed
     python examples/train.py --data CAMVID --steps 2000
+    python examples/train.py --model dupsampling                    # W from the training labels
+    python examples/train.py --model dupsampling --temperature-plot # and once more with T = 1
     python examples/train.py --resume runs/CAMVID/checkpoint.pt     # goes on where a run stopped
 
 A folder in CamVid layout holds train/ and val/ (images of any sizes), trainannot/ and valannot/ (<stem>.png, one
 channel of class ids), optionally train.txt and val.txt (a stem per line) and classes.json (num_classes, ignore_index,
-names and colours). Into --out go checkpoint.pt, predictions.png and results.json. Wrong data or a wrong checkpoint:
-one line on stderr, exit code 2, and nothing is written.
+names and colours). Into --out go checkpoint.pt, predictions.png and results.json, and temperature.png if asked for.
+Wrong data or a wrong checkpoint: one line on stderr, exit code 2, and nothing is written.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ import compare
 import picture
 import scenes
 import segops
-from data import Classes, DataError, Pairs, TrainingBatches, open_folder, to_tensor
-from network import StreetNet
+from data import Classes, DataError, Pairs, TrainingBatches, labels_of, open_folder, to_tensor
+from network import MODELS, StreetNet
 from segops.metrics import ConfusionMatrix, Scores
 
 # What decides the weights that come out: a resumed run takes these from its checkpoint and refuses other values.
 RECIPE = (
-    "steps", "batch_size", "crop", "lr", "weight_decay", "seed", "width", "kernel_size", "dilation", "num_heads",
-    "border", "ignore_index", "num_classes",
+    "model", "steps", "batch_size", "crop", "lr", "weight_decay", "seed", "width", "kernel_size", "dilation",
+    "num_heads", "border", "dup_channels", "ignore_index", "num_classes",
 )  # fmt: skip
 
 
@@ -64,18 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
 
+    if args.temperature_plot and args.model != "dupsampling":
+        parser.error(f"--temperature-plot needs --model dupsampling, not {args.model}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
     out = args.out or Path("runs") / (args.data.resolve().name if args.data else "scenes")
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         run = Run(args, classes, device, out / "checkpoint.pt")
+        if saved:
+            run.restore(saved)
+        else:
+            run.learn_from_labels(train_set)
         out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, RuntimeError, AssertionError, OSError) as error:  # a network, device or folder that cannot be
+    # a network, device or folder that cannot be, or labels that cannot be learned from
+    except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as error:
         parser.error(str(error).splitlines()[0])
-    if saved:
-        run.restore(saved)
     batches = TrainingBatches(train_set, args.steps, args.batch_size, args.crop, classes.ignore_index, args.seed)
     if not run.train(batches):
         print(f"stopped after step {run.step} of {args.steps}; go on with --resume {run.checkpoint}")
@@ -90,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "scores": dataclasses.asdict(scores),
         "majority_class": dataclasses.asdict(majority),
         "seconds_of_training": run.seconds,
+        "losses": run.losses,
         "arguments": vars(args),
         "versions": {"segops": segops.__version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }
@@ -99,9 +106,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.checkpoint, run.model, image, target, classes.ignore_index, rounds=args.compare
         )
         print("\n" + compare.table(results["fused_against_reference"]))
+    written = [run.checkpoint, out / "predictions.png", out / "results.json"]
+    if args.temperature_plot:
+        vanilla = Run(args, classes, device, None, learn_temperature=False)
+        vanilla.learn_from_labels(train_set)
+        vanilla.train(batches)
+        results["losses_with_t_1"] = vanilla.losses
+        written.append(out / "temperature.png")
+        learned = run.model.decode_head.upsample.temperature.item()
+        curves = {"vanilla softmax (T = 1)": vanilla.losses, f"learned temperature (T = {learned:.2f})": run.losses}
+        with atomic(written[-1]) as path:
+            picture.curves(path, curves)
     with atomic(out / "results.json") as path:
         path.write_text(json.dumps(plain(results), indent=1) + "\n")
-    print(f"\nwritten: {run.checkpoint}, {out / 'predictions.png'}, {out / 'results.json'}")
+    print(f"\nwritten: {', '.join(map(str, written))}")
     return 0
 
 
@@ -126,11 +144,17 @@ def arguments() -> argparse.ArgumentParser:
     group.add_argument("--save-every", type=at_least(1), default=50, metavar="N", help="steps between checkpoints (50)")
     group.add_argument("--stop-at", type=at_least(1), metavar="STEP", help="save there and end, to be resumed")
     group = parser.add_argument_group("network")
+    group.add_argument("--model", choices=tuple(MODELS), default="gald", help="default: %(default)s")
     group.add_argument("--width", type=at_least(8), default=64, metavar="C", help="of the decoder (%(default)s)")
+    group = parser.add_argument_group("network: gald")
     group.add_argument("--kernel-size", type=at_least(1), default=5, metavar="K", help="taps per axis (%(default)s)")
     group.add_argument("--dilation", type=at_least(1), default=3, metavar="R", help="between taps (%(default)s)")
     group.add_argument("--num-heads", type=at_least(1), default=1, metavar="N", help="default: %(default)s")
     group.add_argument("--border", choices=("zero", "mask", "shift"), default="zero", help="default: %(default)s")
+    group = parser.add_argument_group("network: dupsampling")
+    group.add_argument("--dup-channels", type=at_least(1), default=64, metavar="C", help="columns of W (%(default)s)")
+    group.add_argument("--temperature-plot", action="store_true",
+                       help="train again with T fixed at 1 and plot both loss curves")  # fmt: skip
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="default: cuda if there is one, else cpu")
     group.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's choice)")
@@ -163,20 +187,43 @@ def open_data(args: argparse.Namespace) -> tuple[Classes, Pairs, Pairs]:
 
 
 class Run:
-    """What a checkpoint holds: model, optimizer, schedule, step and random state."""
+    """What a checkpoint holds: model, optimizer, schedule, step, random state and the losses so far.
 
-    def __init__(self, args: argparse.Namespace, classes: Classes, device: torch.device, checkpoint: Path) -> None:
+    Args:
+        args: From the command line.
+        classes: Of the data.
+        device: Where to train.
+        checkpoint: None saves nothing.
+        options: Beside those in ``args``, for the network.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, classes: Classes, device: torch.device, checkpoint: Path | None, **options: Any
+    ) -> None:
         self.args, self.classes, self.device, self.checkpoint = args, classes, device, checkpoint
+        self.kind = MODELS[args.model]
         self.network = {
             "num_classes": len(classes.names),
-            **{name: getattr(args, name) for name in ("width", "kernel_size", "dilation", "num_heads", "border")},
+            **{name: getattr(args, name) for name in self.kind.options},
+            **options,
         }
-        self.model = StreetNet(**self.network).to(device)
+        torch.manual_seed(args.seed)
+        self.model = self.kind.build(**self.network).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.2
+            # The warm-up must take more than one of OneCycleLR's steps, also in the shortest runs.
+            self.optimizer,
+            args.lr,
+            total_steps=args.steps + 1,
+            pct_start=max(0.2, 1.5 / (args.steps + 1)),
         )
         self.step, self.seconds = 0, 0.0  # seconds without the reading of data
+        self.losses: list[float] = []
+
+    def learn_from_labels(self, pairs: Pairs) -> None:
+        """What the network takes from the label maps of the training set before it is trained."""
+        if self.kind.from_labels:
+            self.kind.from_labels(self.model, labels_of(pairs), self.classes.ignore_index)
 
     def train(self, batches: TrainingBatches) -> bool:
         """Trains until the last step or ``--stop-at``; True when the run is complete."""
@@ -200,10 +247,11 @@ class Run:
                 self.optimizer.step()
                 self.schedule.step()
                 self.step += 1
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                self.losses.append(loss.item())
+                bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
                 bar.update()
                 self.seconds += time.perf_counter() - start
-                if self.step % self.args.save_every == 0 or self.step == last:
+                if self.checkpoint and (self.step % self.args.save_every == 0 or self.step == last):
                     self.save()
         return self.step >= self.args.steps
 
@@ -211,6 +259,7 @@ class Run:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "losses": self.losses,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -228,7 +277,7 @@ class Run:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
-        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.step, self.seconds, self.losses = saved["step"], saved["seconds"], saved["losses"]
         torch.set_rng_state(saved["rng"])
         if self.device.type == "cuda" and len(saved["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["cuda_rng"])

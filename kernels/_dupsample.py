@@ -26,37 +26,45 @@ LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit
-def cells(block, count, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Image, row and column of a block's cells, and the mask of those that exist."""
+def _quotient(n, divisor, reciprocal, WIDE: tl.constexpr):
+    """n // divisor; below 2^31 the product of 2 n with ``reciprocal``'s first, shifted right by 32 and its second."""
     if WIDE:
-        block = block.to(tl.int64)
-    cell = block * BLOCK + tl.arange(0, BLOCK)
-    rest = cell % (size[0] * size[1])
-    return cell // (size[0] * size[1]), rest // size[1], rest % size[1], cell < count
+        return n // divisor
+    else:
+        return (tl.umulhi(n.to(tl.uint32) * 2, reciprocal[0].to(tl.uint32)) >> reciprocal[1]).to(tl.int32)
+
+
+@triton.jit
+def cells(block, count, size, reciprocals, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Image, row and column of a block's cells, and the mask of those that exist; WIDE makes every offset 64-bit."""
+    cell = tl.zeros([BLOCK], tl.int64 if WIDE else tl.int32) + block
+    cell = cell * BLOCK + tl.arange(0, BLOCK)
+    line = _quotient(cell, size[1], reciprocals[1], WIDE)
+    image = _quotient(line, size[0], reciprocals[0], WIDE)
+    return image, line - image * size[0], cell - line * size[1], cell < count
 
 
 @triton.jit
 def offsets(strides, image, y, x, ALIGN: tl.constexpr):
-    """Offsets of cells in a tensor [N, channels, h, w]: multiples of ALIGN, or neighbours in memory where ALIGN is 0."""
-    at = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
-    if ALIGN == 0:
-        at = tl.max_contiguous(at, at.shape[0])
-    if ALIGN > 1:
-        at = tl.multiple_of(at, ALIGN)
-    return at
+    """Offsets of cells in a tensor [N, channels, h, w]: multiples of ALIGN; if negative, of as many neighbours each."""
+    at = image * strides[0] + y * strides[2] + x * strides[3]
+    if ALIGN < 0:
+        return tl.multiple_of(tl.max_contiguous(at, at.shape[0]), -ALIGN)
+    else:
+        return tl.multiple_of(at, ALIGN)
 
 
 @triton.jit
 def pixel_offsets(strides, image, y, x):
     """Offset of pixels in a tensor [N, H, W]."""
-    return image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+    return image * strides[0] + y * strides[1] + x * strides[2]
 
 
 @triton.jit
 def load_rows(tensor, rows, inside, first, stride, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Channels first .. first + BLOCK_C of every row, zero where there is none."""
     channel = first + tl.arange(0, BLOCK_C)
-    pointers = tensor + rows[:, None] + (channel.to(tl.int64) * stride)[None, :]
+    pointers = tensor + rows[:, None] + (channel.to(rows.dtype) * stride)[None, :]
     mask = inside[:, None]
     if C % BLOCK_C:
         mask = mask & (channel < C)[None, :]
@@ -64,10 +72,13 @@ def load_rows(tensor, rows, inside, first, stride, C: tl.constexpr, BLOCK_C: tl.
 
 
 @triton.jit
-def weight_rows(strides, row, first, K: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
+def weight_rows(strides, row, first, K: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of the weight's rows of classes first .. first + WIDTH of a sub-pixel, and the mask of those below K."""
     column = first + tl.arange(0, WIDTH)
-    return tl.multiple_of((row + column).to(tl.int64) * strides[0], ALIGN), column < K
+    rows = row + column
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return tl.multiple_of(rows * strides[0], ALIGN), column < K
 
 
 @triton.jit
@@ -103,20 +114,18 @@ def scaled(acc, bias, row, first, scale, K: tl.constexpr, WIDTH: tl.constexpr):
 def logits(
     tile, x, rows, inside, x_stride, weight, w_strides, bias, row, first, scale,
     K: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """scale * z [cells, WIDTH] for classes first .. of the sub-pixel whose rows of the weight begin at ``row``."""
-    w_rows, w_inside = weight_rows(w_strides, row, first, K, WIDTH, ALIGN)
-    acc = products(
-        tile, x, rows, inside, x_stride, weight, w_rows, w_inside, w_strides[1], C, BLOCK_C, ACC, INTERPRET
-    )
+    w_rows, w_inside = weight_rows(w_strides, row, first, K, WIDTH, ALIGN, WIDE)
+    acc = products(tile, x, rows, inside, x_stride, weight, w_rows, w_inside, w_strides[1], C, BLOCK_C, ACC, INTERPRET)
     return scaled(acc, bias, row, first, scale, K, WIDTH)
 
 
 @triton.jit
-def log2(x, ACC: tl.constexpr):
-    """log2 of x >= 1; for float32 by one step from the exponent, NVIDIA's own takes three times as many instructions."""
-    if ACC == tl.float64:
+def log2(x):
+    """log2 of x >= 1; for float32 by one step from the exponent, a third of the instructions of NVIDIA's own."""
+    if x.dtype == tl.float64:
         return tl.log2(x)
     else:
         # Off by less than 0.044: a logarithm that is linear between powers of two.
@@ -186,17 +195,25 @@ def widths(classes: int, least: int, most: int, longest: int) -> dict[str, Any]:
 
 
 def layout(x: Tensor) -> int:
-    """ALIGN of ``offsets``, up to what a load of 16 bytes holds; 0 only where all cells of an image are neighbours."""
+    """ALIGN of ``offsets``, up to what 16 bytes hold; negative where all cells of an image are neighbours."""
     height, width = x.shape[2:]
     n, c, row, column = x.stride()
+    most = 16 // x.element_size()
     flat = (width == 1 or column == 1) and (height == 1 or row == width) and height * width > 1
     if flat and (c != 1 or x.shape[1] == 1):
-        return 0
-    return math.gcd(16 // x.element_size(), n, row, column)
+        return -math.gcd(most, height * width, n)
+    return math.gcd(most, n, row, column)
 
 
-def geometry(x: Tensor, weight: Tensor, scale_factor: int, size: tuple[int, int], block_m: int) -> dict[str, Any]:
-    """Arguments that all kernels share."""
+def _reciprocal(divisor: int) -> tuple[int, int]:
+    """For ``_quotient`` (Granlund and Montgomery, Division by invariant integers using multiplication)."""
+    shift = (divisor - 1).bit_length()
+    return (1 << 31 + shift) // divisor + 1, shift
+
+
+def geometry(x: Tensor, weight: Tensor, scale_factor: int, pixels: list[Tensor], block_m: int) -> dict[str, Any]:
+    """Arguments that all kernels share; ``pixels`` are the tensors [..., H, W]."""
+    spans = (sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) for t in (x, weight, *pixels))
     count = x.shape[0] * x.shape[2] * x.shape[3]
     return {
         "x": x,
@@ -205,14 +222,15 @@ def geometry(x: Tensor, weight: Tensor, scale_factor: int, size: tuple[int, int]
         "weight_strides": weight.stride(),
         "count": count,
         "size": tuple(x.shape[2:]),
-        "full_size": tuple(size),
+        "reciprocals": tuple(_reciprocal(size) for size in x.shape[2:]),
+        "full_size": tuple(pixels[0].shape[-2:]),
         "R": scale_factor,
         "K": weight.shape[0] // scale_factor**2,
         "C": x.shape[1],
         "BLOCK_M": block_m,
         "ALIGN": layout(x),
         "ALIGN_W": math.gcd(16 // weight.element_size(), weight.stride(0)),
-        "WIDE": count >= 2**31 - block_m,
+        "WIDE": max(count + block_m, *spans) >= 2**31,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "INTERPRET": triton.knobs.runtime.interpret,
     }
@@ -246,19 +264,22 @@ def forward_configuration(channels: int, classes: int, itemsize: int) -> dict[st
         tiles = widths(classes, 16, 64, 256)
         return {**tiles, "BLOCK_M": 128, "BLOCK_C": block_c if resident else 64, "num_warps": 8 if wide else 4,
                 "num_stages": 2 if wide else 3}  # fmt: skip
-    tiles = widths(classes, 8, 32, 32)
-    return {**tiles, "BLOCK_M": 64 if itemsize == 4 else 32, "BLOCK_C": min(block_c, 16), "num_warps": 4, "num_stages": 2}
+    if itemsize == 4:
+        return {**widths(classes, 16, 32, 32), "BLOCK_M": 64, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
+    return {**widths(classes, 16, 16, 16), "BLOCK_M": 16, "BLOCK_C": 16, "num_warps": 4, "num_stages": 1}
 
 
 def parts_for(programs: int, steps: int, out: Tensor) -> int:
-    """How many parts the walk of every program is cut into: 16 warps for each of 132 multiprocessors, 16 MiB of sums."""
+    """How many parts every program's walk is cut into: 4 programs for each of 132 multiprocessors, 16 MiB of sums."""
     dense = out.numel() == sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True)) + 1
     most = min(steps, (16 << 20) // (4 * out.numel())) if dense else 1
     return max(min(triton.cdiv(528, programs), most), 1)
 
 
 def parts_of(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided((count, *tensor.shape), (tensor.numel(), *tensor.stride()), dtype=dtype, device=tensor.device)
+    return torch.empty_strided(
+        (count, *tensor.shape), (tensor.numel(), *tensor.stride()), dtype=dtype, device=tensor.device
+    )
 
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}

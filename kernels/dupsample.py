@@ -3,7 +3,8 @@
     out(n, k, r i + dy, r j + dx) = z(cell, s, k) = (<weight(s, k), x(cell)> + bias(s, k)) / T            s = (dy, dx)
 
     dx(cell) = 1 / T sum_{s, k} grad_out(cell, s, k) weight(s, k)
-    dweight(s, k) = 1 / T sum_cells grad_out(cell, s, k) x(cell)        dbias(s, k) = 1 / T sum_cells grad_out(cell, s, k)
+    dweight(s, k) = 1 / T sum_cells grad_out(cell, s, k) x(cell)
+    dbias(s, k)   = 1 / T sum_cells grad_out(cell, s, k)
     dT       = -1 / T (<weight, dweight> + <bias, dbias>)
 
 Layout: x [N, C, h, w], weight [r * r * K, C], out, grad_out [N, K, H, W], any strides, r (h - 1) < H <= r h.
@@ -15,7 +16,6 @@ added in order where there would be too few programs.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -25,9 +25,21 @@ from torch import Tensor
 
 from ._dot import dot
 from ._dupsample import (
-    accumulator, aot_inputs, aot_names, cells, geometry, load_rows, offsets, parts_for, parts_of, products, scale_of,
-    sum_parts, total,
-)  # fmt: skip
+    accumulator,
+    aot_inputs,
+    aot_names,
+    cells,
+    geometry,
+    layout,
+    load_rows,
+    offsets,
+    parts_for,
+    parts_of,
+    products,
+    scale_of,
+    sum_parts,
+    total,
+)
 from ._launch import Launch
 
 __all__ = ["aot_cases", "backward", "forward"]
@@ -36,7 +48,7 @@ __all__ = ["aot_cases", "backward", "forward"]
 @triton.jit
 def _columns(
     strides, w_strides, dy, block, R: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    ALIGN_W: tl.constexpr,
+    ALIGN_W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of a block of columns: dx, mask, row and offset of the row in the weight, offset of the pixel in the output.
 
@@ -54,18 +66,22 @@ def _columns(
         if BLOCK_R > R:
             mask = mask & (dx < R)
     row = (dy * R + dx) * K + k
-    if BLOCK_R == 1:
-        at = column.to(tl.int64)
-    else:
-        at = k.to(tl.int64) * strides[1] + dx.to(tl.int64) * strides[3]
-    return dx, mask, row, tl.multiple_of(row.to(tl.int64) * w_strides[0], ALIGN_W), at
+    wide_row = row
+    if WIDE:
+        column = column.to(tl.int64)
+        k = k.to(tl.int64)
+        wide_row = row.to(tl.int64)
+    at = column
+    if BLOCK_R != 1:
+        at = k * strides[1] + dx * strides[3]
+    return dx, mask, row, tl.multiple_of(wide_row * w_strides[0], ALIGN_W), at
 
 
 @triton.jit
 def _pixels(tensor, strides, image, i, j, inside, dy, dx, mask, at, full_size, R: tl.constexpr, CROPPED: tl.constexpr):
     """Pointers to the columns of every cell, and which are pixels."""
     y = i * R + dy
-    pixel = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[2] + (j * R).to(tl.int64) * strides[3]
+    pixel = image * strides[0] + y * strides[2] + j * R * strides[3]
     mask = (inside & (y < full_size[0]))[:, None] & mask[None, :]
     if CROPPED:
         mask = mask & ((j * R)[:, None] + dx[None, :] < full_size[1])
@@ -74,7 +90,8 @@ def _pixels(tensor, strides, image, i, j, inside, dy, dx, mask, at, full_size, R
 
 @triton.jit
 def _forward(
-    out, x, weight, bias, temperature, out_strides, x_strides, weight_strides, count, size, full_size, blocks,
+    out, x, weight, bias, temperature, out_strides, x_strides, weight_strides,
+    count, size, reciprocals, full_size, blocks,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CROPPED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
     WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
@@ -83,9 +100,9 @@ def _forward(
     block = program % blocks
     program = program // blocks
     dy = program % R
-    image, i, j, inside = cells(program // R, count, size, BLOCK_M, WIDE)
+    image, i, j, inside = cells(program // R, count, size, reciprocals, BLOCK_M, WIDE)
     x_rows = offsets(x_strides, image, i, j, ALIGN)
-    dx, mask, row, w_rows, at = _columns(out_strides, weight_strides, dy, block, R, K, BLOCK_N, BLOCK_R, ALIGN_W)
+    dx, mask, row, w_rows, at = _columns(out_strides, weight_strides, dy, block, R, K, BLOCK_N, BLOCK_R, ALIGN_W, WIDE)
     tile = None
     if C <= BLOCK_C:
         tile = load_rows(x, x_rows, inside, 0, x_strides[1], C, BLOCK_C)
@@ -101,8 +118,8 @@ def _forward(
 
 @triton.jit
 def _backward_x(
-    grad_x, grad_out, x, weight, temperature, grad_x_strides, grad_out_strides, x_strides, weight_strides, part_stride,
-    count, size, full_size, parts, slices, blocks,
+    grad_x, grad_out, weight, temperature, grad_x_strides, grad_out_strides, weight_strides, part_stride,
+    count, size, reciprocals, full_size, parts, slices, blocks,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SLICE_C: tl.constexpr, BLOCK_R: tl.constexpr, CROPPED: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
@@ -112,21 +129,23 @@ def _backward_x(
     part = program % parts
     program = program // parts
     slice_ = program % slices * SLICE_C
-    image, i, j, inside = cells(program // slices, count, size, BLOCK_M, WIDE)
+    image, i, j, inside = cells(program // slices, count, size, reciprocals, BLOCK_M, WIDE)
     acc = tl.zeros([BLOCK_M, SLICE_C], ACC)
     for step in range(part * (R * blocks) // parts, (part + 1) * (R * blocks) // parts):
         dy = step // blocks
         dx, mask, _, w_rows, at = _columns(
-            grad_out_strides, weight_strides, dy, step % blocks, R, K, BLOCK_N, BLOCK_R, ALIGN_W
+            grad_out_strides, weight_strides, dy, step % blocks, R, K, BLOCK_N, BLOCK_R, ALIGN_W, WIDE
         )
         w = load_rows(weight, w_rows, mask, slice_, weight_strides[1], C, SLICE_C)
-        pointers, mask = _pixels(grad_out, grad_out_strides, image, i, j, inside, dy, dx, mask, at, full_size, R, CROPPED)
+        pointers, mask = _pixels(
+            grad_out, grad_out_strides, image, i, j, inside, dy, dx, mask, at, full_size, R, CROPPED
+        )
         acc = dot(tl.load(pointers, mask=mask, other=0.0), w, acc, INTERPRET)
     if WHOLE:
         acc *= scale_of(temperature, 1.0, ACC)
     channel = slice_ + tl.arange(0, SLICE_C)
     at = offsets(grad_x_strides, image, i, j, ALIGN) + part.to(tl.int64) * part_stride
-    pointers = grad_x + at[:, None] + (channel.to(tl.int64) * grad_x_strides[1])[None, :]
+    pointers = grad_x + at[:, None] + (channel.to(at.dtype) * grad_x_strides[1])[None, :]
     tl.store(pointers, acc.to(grad_x.dtype.element_ty), mask=inside[:, None] & (channel < C)[None, :])
 
 
@@ -134,7 +153,7 @@ def _backward_x(
 def _backward_weight(
     grad_weight, grad_bias, dots, grad_out, x, weight, bias, temperature,
     grad_weight_strides, grad_out_strides, x_strides, weight_strides, part_stride, bias_part_stride,
-    count, size, full_size, parts, slices, blocks,
+    count, size, reciprocals, full_size, parts, slices, blocks,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SLICE_C: tl.constexpr, BLOCK_R: tl.constexpr, CROPPED: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
@@ -147,12 +166,14 @@ def _backward_weight(
     program = program // R
     slice_ = program % slices * SLICE_C
     part = program // slices
-    dx, mask, row, w_rows, at = _columns(grad_out_strides, weight_strides, dy, block, R, K, BLOCK_N, BLOCK_R, ALIGN_W)
+    dx, mask, row, w_rows, at = _columns(
+        grad_out_strides, weight_strides, dy, block, R, K, BLOCK_N, BLOCK_R, ALIGN_W, WIDE
+    )
     acc = tl.zeros([BLOCK_N, SLICE_C], ACC)
     bias_acc = tl.zeros([BLOCK_N], ACC)
     cell_blocks = tl.cdiv(count, BLOCK_M)
     for cell_block in range(cell_blocks * part // parts, cell_blocks * (part + 1) // parts):
-        image, i, j, inside = cells(cell_block, count, size, BLOCK_M, WIDE)
+        image, i, j, inside = cells(cell_block, count, size, reciprocals, BLOCK_M, WIDE)
         pointers, pixels = _pixels(
             grad_out, grad_out_strides, image, i, j, inside, dy, dx, mask, at, full_size, R, CROPPED
         )
@@ -234,7 +255,8 @@ def _plan_backward(
     parts = parts_for(programs, scale_factor * blocks, grad_x)
     to_x = grad_x if parts == 1 else parts_of(grad_x, parts, sums)
     for_x = {**args, "grad_x": to_x, "grad_x_strides": grad_x.stride(), "part_stride": grad_x.numel()}
-    for_x |= {"parts": parts, "WHOLE": parts == 1}
+    for_x |= {"parts": parts, "WHOLE": parts == 1, "ALIGN": layout(grad_x)}
+    del for_x["x"], for_x["x_strides"]
     launches = [Launch(_backward_x, (programs * parts,), for_x, num_warps, num_stages=3)]
     if parts > 1:
         launches.append(sum_parts(grad_x, to_x, temperature))
@@ -270,7 +292,7 @@ def _columns_of(out: Tensor, x: Tensor, weight: Tensor, scale_factor: int, most:
     """Shared arguments: ``geometry``'s and how columns lie in memory; ``out`` is [N, K, H, W]."""
     itemsize = x.element_size()
     if itemsize > 2:
-        most = 64 if itemsize == 4 else 32
+        most = 64 if itemsize == 4 else 16
     classes = out.shape[1]
     block_r = max(triton.next_power_of_2(scale_factor), 2)
     if out.stride(1) == 1 and classes > 1:
@@ -279,11 +301,11 @@ def _columns_of(out: Tensor, x: Tensor, weight: Tensor, scale_factor: int, most:
     block_n = min(max(triton.next_power_of_2(columns), 16), most)
     block_c = max(triton.next_power_of_2(x.shape[1]), 16)
     return {
-        **geometry(x, weight, scale_factor, out.shape[2:], most if itemsize == 2 else most // 2),
+        **geometry(x, weight, scale_factor, [out], 32 if itemsize == 4 else most),
         "blocks": triton.cdiv(columns, block_n),
         "BLOCK_N": block_n,
         "BLOCK_C": min(block_c, 64 if itemsize == 2 else 16),
-        "SLICE_C": min(block_c, 256 if itemsize == 2 else 64),
+        "SLICE_C": min(block_c, {2: 256, 4: 64, 8: 16}[itemsize]),
         "BLOCK_R": block_r,
         "CROPPED": out.shape[3] < x.shape[3] * scale_factor,
     }

@@ -1,7 +1,8 @@
 """Labels from DUpsampling's logits in Triton; the logits never leave registers.
 
     z(p, c)  = (<weight(s, c), x(cell)> + bias(s, c)) / T           p = sub-pixel s = (dy, dx) of a cell
-    label(p) = argmax_c z(p, c), the lowest of equals               confidence(p) = 1 / sum_c exp(z(p, c) - max_c z(p, c))
+    label(p) = argmax_c z(p, c), the lowest of equals
+    confidence(p) = 1 / sum_c exp(z(p, c) - max_c z(p, c))
 
 Layout: x [N, C, h, w], weight [r * r * K, C], labels, confidence [N, H, W], any strides, r (h - 1) < H <= r h.
 
@@ -18,9 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dupsample import (
-    LOG2E, LOWEST, aot_inputs, aot_names, cells, forward_configuration, geometry, load_rows, logits, offsets,
-    pixel_offsets, scale_of,
-)  # fmt: skip
+    LOG2E,
+    LOWEST,
+    aot_inputs,
+    aot_names,
+    cells,
+    forward_configuration,
+    geometry,
+    load_rows,
+    logits,
+    offsets,
+    pixel_offsets,
+    scale_of,
+)
 from ._launch import Launch
 
 __all__ = ["aot_cases", "forward"]
@@ -39,7 +50,7 @@ def _first_of(z, top, first):
 @triton.jit
 def _forward(
     labels, confidence, x, weight, bias, temperature,
-    labels_strides, confidence_strides, x_strides, weight_strides, count, size, full_size,
+    labels_strides, confidence_strides, x_strides, weight_strides, count, size, reciprocals, full_size,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr, WIDTHS: tl.constexpr, FIRSTS: tl.constexpr, SPAN: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
@@ -47,7 +58,7 @@ def _forward(
     """A pixel's results wait in registers for all dx, so that they are written in whole rows."""
     program = tl.program_id(0)
     dy = program % R
-    image, i, j, inside = cells(program // R, count, size, BLOCK_M, WIDE)
+    image, i, j, inside = cells(program // R, count, size, reciprocals, BLOCK_M, WIDE)
     x_rows = offsets(x_strides, image, i, j, ALIGN)
     scale = scale_of(temperature, 1.0, ACC)
     tile = None
@@ -66,7 +77,7 @@ def _forward(
             for t in tl.static_range(len(WIDTHS)):
                 z = logits(
                     tile, x, x_rows, inside, x_strides[1], weight, weight_strides, bias, row, first + FIRSTS[t], scale,
-                    K, C, WIDTHS[t], BLOCK_C, ALIGN_W, ACC, INTERPRET,
+                    K, C, WIDTHS[t], BLOCK_C, ALIGN_W, WIDE, ACC, INTERPRET,
                 )  # fmt: skip
                 tile_top = tl.max(z, 1)
                 best = tl.where(tile_top > top, _first_of(z, tile_top, first + FIRSTS[t]), best)
@@ -82,11 +93,11 @@ def _forward(
     y = i * R + dy
     mask = (inside & (y < full_size[0]))[:, None] & (column < R)[None, :]
     mask &= (j * R)[:, None] + column[None, :] < full_size[1]
-    at = pixel_offsets(labels_strides, image, y, j * R)[:, None] + (column.to(tl.int64) * labels_strides[2])[None, :]
+    at = pixel_offsets(labels_strides, image, y, j * R)[:, None] + (column.to(y.dtype) * labels_strides[2])[None, :]
     tl.store(labels + at, all_labels.to(labels.dtype.element_ty), mask=mask)
     if confidence is not None:
         at = pixel_offsets(confidence_strides, image, y, j * R)[:, None]
-        at += (column.to(tl.int64) * confidence_strides[2])[None, :]
+        at += (column.to(y.dtype) * confidence_strides[2])[None, :]
         tl.store(confidence + at, all_confidence, mask=mask)
 
 
@@ -107,8 +118,9 @@ def forward(
 def _plan(labels, confidence, x, weight, bias, temperature, scale_factor) -> Launch:
     config = forward_configuration(x.shape[1], weight.shape[0] // scale_factor**2, x.element_size())
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-    args = geometry(x, weight, scale_factor, labels.shape[1:], config.pop("BLOCK_M")) | config
     wanted = confidence.dim() == 3
+    pixels = [labels, confidence] if wanted else [labels]
+    args = geometry(x, weight, scale_factor, pixels, config.pop("BLOCK_M")) | config
     args |= {
         "labels": labels,
         "confidence": confidence if wanted else None,

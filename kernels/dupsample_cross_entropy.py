@@ -27,11 +27,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dot import dot
+from ._dot import dot, rounded
 from ._dupsample import (
-    LN2, LOG2E, LOWEST, accumulator, aot_inputs, aot_names, cells, forward_configuration, geometry, load_rows, log2, logits, offsets, parts_for, parts_of,
-    pixel_offsets, products, scale_of, scaled, sum_parts, total, weight_rows, widths,
-)  # fmt: skip
+    LN2,
+    LOG2E,
+    LOWEST,
+    accumulator,
+    aot_inputs,
+    aot_names,
+    cells,
+    forward_configuration,
+    geometry,
+    layout,
+    load_rows,
+    log2,
+    logits,
+    offsets,
+    parts_for,
+    parts_of,
+    pixel_offsets,
+    products,
+    scale_of,
+    scaled,
+    sum_parts,
+    total,
+    weight_rows,
+    widths,
+)
 from ._launch import Launch
 
 __all__ = ["aot_cases", "backward", "forward"]
@@ -77,7 +99,7 @@ def _smoothed(z, class_weight, first, K: tl.constexpr):
 def _forward(
     loss, lse, parts, x, weight, target, bias, temperature, class_weight,
     loss_strides, lse_strides, x_strides, weight_strides, target_strides,
-    count, size, full_size, ignore_index,
+    count, size, reciprocals, full_size, ignore_index,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr, WIDTHS: tl.constexpr, FIRSTS: tl.constexpr, SPAN: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
@@ -85,7 +107,7 @@ def _forward(
     """lse, loss where it is per pixel, and sums of weights and losses per program."""
     program = tl.program_id(0)
     dy = program % R
-    image, i, j, inside = cells(program // R, count, size, BLOCK_M, WIDE)
+    image, i, j, inside = cells(program // R, count, size, reciprocals, BLOCK_M, WIDE)
     y = i * R + dy
     x_rows = offsets(x_strides, image, i, j, ALIGN)
     label_at = pixel_offsets(target_strides, image, y, j * R)
@@ -112,7 +134,7 @@ def _forward(
             for t in tl.static_range(len(WIDTHS)):
                 z = logits(
                     tile, x, x_rows, inside, x_strides[1], weight, weight_strides, bias, row, first + FIRSTS[t], scale,
-                    K, C, WIDTHS[t], BLOCK_C, ALIGN_W, ACC, INTERPRET,
+                    K, C, WIDTHS[t], BLOCK_C, ALIGN_W, WIDE, ACC, INTERPRET,
                 )  # fmt: skip
                 new_top = tl.maximum(top, tl.max(z, 1))
                 if len(WIDTHS) > 1 or SPAN < K:
@@ -123,7 +145,7 @@ def _forward(
                 picked += tl.sum(tl.where(classes[None, :] == (label - first - FIRSTS[t])[:, None], z, 0.0), 1)
                 if SMOOTHING > 0.0:
                     smooth += _smoothed(z, class_weight, first + FIRSTS[t], K)
-        log_sum = top + log2(exps, ACC)
+        log_sum = top + log2(exps)
         w = _class_weight(class_weight, label, counts, ACC)
         pixel_loss = (1.0 - SMOOTHING) * w * (log_sum - picked)
         if SMOOTHING > 0.0:
@@ -146,7 +168,7 @@ def _pixel(
     image, i, j, inside, dy, dx, full_size, ignore_index,
     R: tl.constexpr, K: tl.constexpr, SMOOTHING: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of one sub-pixel of every cell: log2-sum-exp, label, and the factors of dz: of p, at the label, of all classes."""
+    """Of a sub-pixel of every cell: log2-sum-exp, label, and the factors of dz: of p, at the label, of all classes."""
     y = i * R + dy
     x = j * R + dx
     label, counts = _label(
@@ -188,18 +210,18 @@ def _gradient(
 def _backward_x(
     grad_x, grad_loss, unit, x, weight, target, bias, temperature, class_weight, lse,
     grad_x_strides, grad_loss_strides, x_strides, weight_strides, target_strides, lse_strides, part_stride,
-    count, size, full_size, parts, slices, ignore_index,
+    count, size, reciprocals, full_size, parts, slices, ignore_index,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr, SLICE_C: tl.constexpr, WIDTHS: tl.constexpr, FIRSTS: tl.constexpr, SPAN: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_OUT: tl.constexpr, ALIGN_W: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """grad_x; with WHOLE unset, part after part, sums over some of the sub-pixels."""
     program = tl.program_id(0)
     part = program % parts
     program = program // parts
     slice_ = program % slices * SLICE_C
-    image, i, j, inside = cells(program // slices, count, size, BLOCK_M, WIDE)
+    image, i, j, inside = cells(program // slices, count, size, reciprocals, BLOCK_M, WIDE)
     x_rows = offsets(x_strides, image, i, j, ALIGN)
     scale = scale_of(temperature, LOG2E, ACC)
     weight_sum = _weight_sum(class_weight, K, ACC)
@@ -217,22 +239,22 @@ def _backward_x(
             for t in tl.static_range(len(WIDTHS)):
                 z = logits(
                     tile, x, x_rows, inside, x_strides[1], weight, weight_strides, bias, s * K, first + FIRSTS[t],
-                    scale, K, C, WIDTHS[t], BLOCK_C, ALIGN_W, ACC, INTERPRET,
+                    scale, K, C, WIDTHS[t], BLOCK_C, ALIGN_W, WIDE, ACC, INTERPRET,
                 )  # fmt: skip
                 dz = _gradient(
                     z, first + FIRSTS[t], log_sum, label, of_p, at_label, everywhere, class_weight, K, SMOOTHING
                 )
-                w_rows, w_inside = weight_rows(weight_strides, s * K, first + FIRSTS[t], K, WIDTHS[t], ALIGN_W)
+                w_rows, w_inside = weight_rows(weight_strides, s * K, first + FIRSTS[t], K, WIDTHS[t], ALIGN_W, WIDE)
                 w = load_rows(weight, w_rows, w_inside, slice_, weight_strides[1], C, SLICE_C)
-                acc = dot(dz.to(w.dtype), w, acc, INTERPRET)
+                acc = dot(rounded(dz, w.dtype, INTERPRET), w, acc, INTERPRET)
 
     if WHOLE:
         acc *= scale_of(temperature, 1.0, ACC)
         if unit is not None:
             acc *= tl.load(unit)
     channel = slice_ + tl.arange(0, SLICE_C)
-    at = offsets(grad_x_strides, image, i, j, ALIGN) + part.to(tl.int64) * part_stride
-    pointers = grad_x + at[:, None] + (channel.to(tl.int64) * grad_x_strides[1])[None, :]
+    at = offsets(grad_x_strides, image, i, j, ALIGN_OUT) + part.to(tl.int64) * part_stride
+    pointers = grad_x + at[:, None] + (channel.to(at.dtype) * grad_x_strides[1])[None, :]
     tl.store(pointers, acc.to(grad_x.dtype.element_ty), mask=inside[:, None] & (channel < C)[None, :])
 
 
@@ -240,7 +262,7 @@ def _backward_x(
 def _backward_weight(
     grad_weight, grad_bias, dots, grad_loss, unit, x, weight, target, bias, temperature, class_weight, lse,
     grad_weight_strides, grad_loss_strides, x_strides, weight_strides, target_strides, lse_strides, part_stride,
-    bias_part_stride, count, size, full_size, parts, slices, spans, groups, ignore_index,
+    bias_part_stride, count, size, reciprocals, full_size, parts, slices, spans, groups, ignore_index,
     R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr, SLICE_C: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     WHOLE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
@@ -262,9 +284,11 @@ def _backward_weight(
     sums = ()
     bias_sums = ()
     for g in tl.static_range(GROUP):
-        w = None
+        w = 0
         if C <= BLOCK_C:
-            w_rows, w_inside = weight_rows(weight_strides, (dy * R + group * GROUP + g) * K, first, K, WIDTH, ALIGN_W)
+            w_rows, w_inside = weight_rows(
+                weight_strides, (dy * R + group * GROUP + g) * K, first, K, WIDTH, ALIGN_W, WIDE
+            )
             w = load_rows(weight, w_rows, w_inside, 0, weight_strides[1], C, BLOCK_C)
         weights = weights + (w,)  # noqa: RUF005
         sums = sums + (tl.zeros([SLICE_C, WIDTH], ACC),)  # noqa: RUF005
@@ -272,7 +296,7 @@ def _backward_weight(
 
     blocks = tl.cdiv(count, BLOCK_M)
     for block in range(blocks * part // parts, blocks * (part + 1) // parts):
-        image, i, j, inside = cells(block, count, size, BLOCK_M, WIDE)
+        image, i, j, inside = cells(block, count, size, reciprocals, BLOCK_M, WIDE)
         x_rows = offsets(x_strides, image, i, j, ALIGN)
         tile = load_rows(x, x_rows, inside, slice_, x_strides[1], C, SLICE_C)
         new_sums = ()
@@ -287,14 +311,14 @@ def _backward_weight(
             if C <= BLOCK_C:
                 acc = dot(tile, tl.trans(weights[g]), tl.zeros([BLOCK_M, WIDTH], ACC), INTERPRET)
             else:
-                w_rows, w_inside = weight_rows(weight_strides, row, first, K, WIDTH, ALIGN_W)
+                w_rows, w_inside = weight_rows(weight_strides, row, first, K, WIDTH, ALIGN_W, WIDE)
                 acc = products(
                     None, x, x_rows, inside, x_strides[1], weight, w_rows, w_inside, weight_strides[1], C, BLOCK_C,
                     ACC, INTERPRET,
                 )  # fmt: skip
             z = scaled(acc, bias, row, first, scale, K, WIDTH)
             dz = _gradient(z, first, log_sum, label, of_p, at_label, everywhere, class_weight, K, SMOOTHING)
-            new_sums = new_sums + (dot(tl.trans(tile), dz.to(tile.dtype), sums[g], INTERPRET),)  # noqa: RUF005
+            new_sums = new_sums + (dot(tl.trans(tile), rounded(dz, tile.dtype, INTERPRET), sums[g], INTERPRET),)  # noqa: RUF005
             bias_sum = bias_sums[g]
             if grad_bias is not None:
                 bias_sum += dz
@@ -311,7 +335,7 @@ def _backward_weight(
     for g in tl.static_range(GROUP):
         dx = group * GROUP + g
         row = (dy * R + dx) * K
-        w_rows, w_inside = weight_rows(weight_strides, row, first, K, WIDTH, ALIGN_W)
+        w_rows, w_inside = weight_rows(weight_strides, row, first, K, WIDTH, ALIGN_W, WIDE)
         channel = slice_ + tl.arange(0, SLICE_C)
         if dots is not None:
             w = load_rows(weight, w_rows, w_inside, slice_, weight_strides[1], C, SLICE_C)
@@ -390,7 +414,8 @@ def _plan_forward(
 ) -> list[Launch]:
     config = forward_configuration(x.shape[1], weight.shape[0] // scale_factor**2, x.element_size())
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-    args = geometry(x, weight, scale_factor, target.shape[1:], config.pop("BLOCK_M")) | config
+    pixels = [target, lse, loss] if loss.dim() else [target, lse]
+    args = geometry(x, weight, scale_factor, pixels, config.pop("BLOCK_M")) | config
     programs = triton.cdiv(args["count"], args["BLOCK_M"]) * scale_factor
     parts = torch.empty(1 if loss.dim() else 2, programs, dtype=loss.dtype, device=loss.device)
     args |= {
@@ -430,25 +455,26 @@ def _plan_backward(
         "SMOOTHING": label_smoothing,
     }
     classes, channels, itemsize = weight.shape[0] // scale_factor**2, x.shape[1], x.element_size()
+    pixels = [target, lse, grad_loss] if grad_loss.dim() else [target, lse]
     sums = accumulator(x)
     finish = (temperature, common["unit"])
 
     config = backward_x_configuration(channels, classes, itemsize)
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-    args = geometry(x, weight, scale_factor, target.shape[1:], config.pop("BLOCK_M")) | common | config
+    args = geometry(x, weight, scale_factor, pixels, config.pop("BLOCK_M")) | common | config
     slices = triton.cdiv(channels, args["SLICE_C"])
     programs = triton.cdiv(args["count"], args["BLOCK_M"]) * slices
     parts = parts_for(programs, scale_factor**2, grad_x)
     target_x = grad_x if parts == 1 else parts_of(grad_x, parts, sums)
     args |= {"grad_x": target_x, "grad_x_strides": grad_x.stride(), "part_stride": grad_x.numel()}
-    args |= {"parts": parts, "slices": slices, "WHOLE": parts == 1}
+    args |= {"parts": parts, "slices": slices, "WHOLE": parts == 1, "ALIGN_OUT": layout(grad_x)}
     launches = [Launch(_backward_x, (programs * parts,), args, num_warps, num_stages)]
     if parts > 1:
         launches.append(sum_parts(grad_x, target_x, *finish))
 
-    config = backward_weight_configuration(scale_factor, channels, classes, itemsize)
+    config = backward_weight_configuration(scale_factor, channels, classes, itemsize, layout(x))
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-    args = geometry(x, weight, scale_factor, target.shape[1:], config.pop("BLOCK_M")) | common | config
+    args = geometry(x, weight, scale_factor, pixels, config.pop("BLOCK_M")) | common | config
     counts = {
         "slices": triton.cdiv(channels, args["SLICE_C"]),
         "spans": triton.cdiv(classes, args["WIDTH"]),
@@ -495,25 +521,32 @@ def _unit(grad_loss: Tensor, x: Tensor) -> Tensor | None:
 def backward_x_configuration(channels: int, classes: int, itemsize: int) -> dict[str, Any]:
     block_c = max(triton.next_power_of_2(channels), 16)
     if itemsize == 2:
-        tiles = widths(classes, 16, 64, 256)
-        resident = block_c <= 256
-        return {**tiles, "BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 256),
-                "num_warps": 4 if block_c <= 128 else 8, "num_stages": 2}  # fmt: skip
-    tiles = widths(classes, 16, 32, 32)
-    return {**tiles, "BLOCK_M": 64 if itemsize == 4 else 32, "BLOCK_C": min(block_c, 16), "SLICE_C": min(block_c, 64),
-            "num_warps": 4, "num_stages": 2}  # fmt: skip
+        resident = block_c <= (128 if classes > 64 else 256)
+        # A loop over tiles where there is one over channels: unrolled, the addresses of both spill.
+        tiles = widths(classes, 16, 32, 256 if resident else 32)
+        return {**tiles, "BLOCK_M": 64, "BLOCK_C": block_c if resident else 64,
+                "SLICE_C": min(block_c, 256), "num_warps": 4 if block_c <= 128 else 8, "num_stages": 2}  # fmt: skip
+    if itemsize == 4:
+        return {**widths(classes, 16, 32, 32), "BLOCK_M": 64, "BLOCK_C": 16, "SLICE_C": min(block_c, 64),
+                "num_warps": 4, "num_stages": 2}  # fmt: skip
+    return {**widths(classes, 16, 16, 16), "BLOCK_M": 16, "BLOCK_C": 16, "SLICE_C": 16, "num_warps": 4, "num_stages": 1}
 
 
-def backward_weight_configuration(scale_factor: int, channels: int, classes: int, itemsize: int) -> dict[str, Any]:
+def backward_weight_configuration(
+    scale_factor: int, channels: int, classes: int, itemsize: int, align: int
+) -> dict[str, Any]:
+    """Two sub-pixels a program where the addresses of one cell's channels leave the registers for it."""
     block_c = max(triton.next_power_of_2(channels), 16)
-    width = max(triton.next_power_of_2(classes), 8)
+    width = max(triton.next_power_of_2(classes), 16)
     if itemsize == 2:
         resident = block_c <= 128
-        width = min(width, 32 if classes <= 32 else 64)
-        return {"BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 128), "WIDTH": width,
-                "GROUP": math.gcd(scale_factor, 2 if width <= 32 else 1), "num_warps": 4, "num_stages": 2}  # fmt: skip
-    return {"BLOCK_M": 32 if itemsize == 4 else 16, "BLOCK_C": min(block_c, 16), "SLICE_C": min(block_c, 64),
-            "WIDTH": min(width, 32), "GROUP": 1, "num_warps": 4, "num_stages": 2}  # fmt: skip
+        group = math.gcd(scale_factor, 2) if resident and abs(align) > 1 else 1
+        return {"BLOCK_M": 64, "BLOCK_C": block_c if resident else 64, "SLICE_C": min(block_c, 128), "GROUP": group,
+                "WIDTH": min(width, 32), "num_warps": 4 if resident else 8, "num_stages": 2}  # fmt: skip
+    if itemsize == 4:
+        return {"BLOCK_M": 32, "BLOCK_C": 16, "SLICE_C": min(block_c, 64), "WIDTH": min(width, 32), "GROUP": 1,
+                "num_warps": 4, "num_stages": 2}  # fmt: skip
+    return {"BLOCK_M": 16, "BLOCK_C": 16, "SLICE_C": 16, "WIDTH": 16, "GROUP": 1, "num_warps": 4, "num_stages": 1}
 
 
 def aot_cases() -> list[tuple[str, Launch]]:
@@ -521,14 +554,12 @@ def aot_cases() -> list[tuple[str, Launch]]:
     cases = []
     for dtype, kind, channels, classes in aot_names():
         t = aot_inputs(dtype, kind, channels, classes)
-        parameters = (t["bias"], t["temperature"], None)
+        gradients = (t["x"], t["weight"], t["bias"], t["temperature"])
+        inputs = (t["x"], t["weight"], t["target"], t["bias"], t["temperature"], None)
         launches = [
-            *_plan_forward(t["scalar"], t["scalar"], t["map"], t["x"], t["weight"], t["target"], *parameters, 16, 255, 0.0),
-            *_plan_backward(
-                t["x"], t["weight"], t["bias"], t["temperature"], t["scalar"], t["x"], t["weight"], t["target"],
-                *parameters, t["map"], 16, 255, 0.0,
-            ),
-        ]  # fmt: skip
+            *_plan_forward(t["scalar"], t["scalar"], t["map"], *inputs, 16, 255, 0.0),
+            *_plan_backward(*gradients, t["scalar"], *inputs, t["map"], 16, 255, 0.0),
+        ]
         for launch in launches:
             name = launch.kernel.fn.__name__.removeprefix("_")
             if name in ("forward", "backward_x", "backward_weight"):

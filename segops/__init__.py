@@ -6,7 +6,7 @@ call runs it (:func:`explain` says which, and why not the others), else the plai
 
 from __future__ import annotations
 
-from . import compat, metrics, nn, ops, reference
+from . import compat, dupsampling, metrics, nn, ops, reference
 from ._dispatch import BackendError, explain, record, use_backend
 from ._info import info
 from .ops.confusion_matrix import confusion_matrix
@@ -26,6 +26,7 @@ __all__ = [
     "dupsample",
     "dupsample_argmax",
     "dupsample_cross_entropy",
+    "dupsampling",
     "explain",
     "info",
     "local_attention",

@@ -121,7 +121,7 @@ class Op:
                 _library.impl(name, self._autocaster(device), f"Autocast{key}")
         self.overload = getattr(torch.ops.segops, name).default
         self.arguments = [argument.name for argument in self.overload._schema.arguments]
-        self._cast = [argument in autocast for argument in self.arguments]
+        self.autocast = tuple(autocast)
         OPS[name] = self
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
@@ -145,11 +145,9 @@ class Op:
             return self.overload(*args)
         if not torch.compiler.is_compiling():
             self._note(device, "reference", refusals, args)
-        if any(self._cast) and torch.is_autocast_enabled(device):
-            args = self._autocast(device, args)
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self.reference(*args)
+                return self.reference(*self._lowered(device, args))
         return self.reference(*args)
 
     def choose(self, device: str, args: Sequence[Any]) -> tuple[Backend | None, list[tuple[str, str]]]:
@@ -181,7 +179,8 @@ class Op:
             self._note(device, "reference" if backend is None else backend.name, refusals, args)
             if backend is not None and backend.run is not None:
                 return backend.run(*args)
-            with _autograd_restored():  # the reference of a backward op differentiates
+            # The reference of a backward op differentiates.
+            with _autograd_restored(), torch.autocast(device, enabled=False):
                 return self.reference(*args)
 
         return run
@@ -192,13 +191,13 @@ class Op:
 
         def run(*args: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return self.overload(*self._autocast(device, args))
+                return self.overload(*self._lowered(device, args))
 
         return run
 
-    def _autocast(self, device: str, args: Sequence[Any]) -> tuple[Any, ...]:
-        dtype = torch.get_autocast_dtype(device)
-        return tuple(_lowered(arg, dtype) if cast else arg for arg, cast in zip(args, self._cast, strict=True))
+    def _lowered(self, device: str, args: Sequence[Any]) -> list[Any]:
+        dtype, names = torch.get_autocast_dtype(device), zip(args, self.arguments, strict=True)
+        return [_cast(arg, dtype) if name in self.autocast else arg for arg, name in names]
 
     def _note(self, device: str, backend: str, refusals: list[tuple[str, str]], args: Sequence[Any]) -> None:
         if _state.log is not None:
@@ -240,7 +239,7 @@ def _autograd_restored() -> Any:
     return torch._C._ForceDispatchKeyGuard(include, exclude)
 
 
-def _lowered(arg: Any, dtype: torch.dtype) -> Any:
+def _cast(arg: Any, dtype: torch.dtype) -> Any:
     # float64 stays, as in torch's own autocast
     return arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype != torch.float64 else arg
 

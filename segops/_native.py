@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import os
 from pathlib import Path
 
 import torch
 
-MODULES = ("_C", "_C_cuda")
+MODULES = ("_C", "_C_cuda", "_labels")
 CPU_ISAS = ("base", "avx2", "avx512")
 
 _MINIMUM_TORCH = (2, 11)
@@ -46,6 +47,12 @@ def _load(module: str) -> str | None:
     found = [path for path in found if path.exists()]
     if not found:
         return f"segops.{module} was not built"
+    if module == "_labels":  # pybind11 and numpy, any torch
+        try:
+            importlib.import_module("segops._labels")
+        except ImportError as error:
+            return f"segops._labels did not load: {error}"
+        return None
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _MINIMUM_TORCH:
         return f"segops.{module} needs torch >= 2.11, found {torch.__version__}"

@@ -95,6 +95,28 @@ def test_no_warning_for_a_backend_that_cannot_exist_here(tensors, rows):
         segops.local_attention(*tensors, 3)
 
 
+def test_a_row_that_an_op_does_without_says_why():
+    row = _dispatch.OPS["dupsample_argmax"].backends["cuda"][-1]
+    assert (row.name, row.run) == ("cuda", None)
+    assert "no CUDA C++" in row.available()
+    with segops.use_backend("cuda"), pytest.raises(segops.BackendError, match="no such backend for device cpu"):
+        segops.dupsample_argmax(torch.zeros(1, 2, 3, 3), torch.zeros(8, 2), scale_factor=2)
+
+
+def test_a_module_built_before_the_op_was_written_says_so():
+    compiled = _dispatch.Compiled("not_yet_written", lambda namespace: None)
+    row = _dispatch.compiled_row("cpu", compiled, "segops_C", None, lambda *args: None)
+    assert row.available() == "segops_C has no not_yet_written: build again"
+
+
+def test_explain_takes_lists_and_optional_tensors():
+    explanation = segops.explain(segops.upsample_argmax, [torch.zeros(1, 3, 2, 2)] * 2, 8)
+    assert explanation.op == "upsample_argmax"
+    target = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    explanation = segops.explain(segops.upsample_cross_entropy, torch.zeros(1, 3, 2, 2), target, ohem_threshold=0.7)
+    assert explanation.op == "upsample_cross_entropy"
+
+
 def test_reference_fallback_is_differentiable_twice(rows):
     rows[0] = Backend("cpu", rows[0].run, available=lambda: "not built")
     inputs = [x.double().requires_grad_() for x in torch.randn(3, 1, 2, 3, 4).unbind()]

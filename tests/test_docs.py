@@ -31,6 +31,6 @@ def test_public_functions_and_modules_have_examples():
     public += [getattr(importlib.import_module("segops.nn"), n) for n in importlib.import_module("segops.nn").__all__]
     for thing in public:
         assert inspect.getdoc(thing), thing
-    operators = [segops.local_attention, segops.compat.na2d, *public[-2:]]
+    operators = [getattr(segops, name) for name in segops.ops.__all__] + [segops.compat.na2d, *public[-2:]]
     for thing in operators:
         assert ">>>" in inspect.getdoc(thing), f"{thing.__name__} has no example"

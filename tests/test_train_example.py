@@ -61,7 +61,7 @@ def test_scenes_give_scores_picture_and_table(tmp_path):
     assert set(results["scores"]["iou"]) >= {"sky", "road", "building", "car"}
     assert results["majority_class"]["miou"] < 0.2
     against = results["fused_against_reference"]
-    assert against["backends"]["reference"] == ["reference"]
+    assert set(against["backends"]["reference"].values()) == {"reference"}
     assert against["logits"]["difference"] <= 1e-4 * against["logits"]["magnitude"]
     assert against["gradient"]["difference"] <= 1e-3 * against["gradient"]["magnitude"]
     assert min(*against["step_ms"].values(), *against["peak_mib"].values()) > 0
@@ -88,6 +88,54 @@ def test_camvid_folder_and_resume_equals_uninterrupted(tmp_path):
 
     other = train("--resume", parts / "checkpoint.pt", "--crop", 64, code=2)
     assert other.stderr.strip().endswith("checkpoint.pt: was made with --crop 32, not 64")
+
+
+def test_dupsampling_with_and_without_temperature(tmp_path):
+    out = tmp_path / "out"
+    run = train("--model", "dupsampling", "--steps", 3, "--out", out, *TINY, "--compare", 1, "--temperature-plot")
+    names = ["checkpoint.pt", "predictions.png", "results.json", "temperature.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    with Image.open(out / "temperature.png") as picture:
+        assert picture.format == "PNG"
+    results = json.loads((out / "results.json").read_text())
+    learned, vanilla = results["losses"], results["losses_with_t_1"]
+    assert len(learned) == len(vanilla) == 3
+    assert learned[0] == vanilla[0]  # the same weights, W and batch
+    assert learned[2] != vanilla[2]
+    assert "dupsample_cross_entropy ran on" in run.stdout
+    against = results["fused_against_reference"]
+    assert set(against["backends"]["fused"]) >= {"dupsample", "dupsample_cross_entropy"}
+    assert against["gradient"]["difference"] <= 1e-3 * against["gradient"]["magnitude"]
+
+
+def test_dupsampling_starts_from_the_training_labels_and_resumes(tmp_path):
+    data = write_camvid(tmp_path / "data")
+    options = ("--model", "dupsampling", "--dup-channels", 9, "--data", data, *TINY)
+    train(*options, "--steps", 1, "--lr", 1e-9, "--out", tmp_path / "start")
+    start = torch.load(tmp_path / "start" / "checkpoint.pt", weights_only=True)["model"]
+    w, mean = (start[f"decode_head.upsample.{name}"] for name in ("weight", "bias"))
+    w = w.flatten(1)
+    torch.testing.assert_close(w.T @ w, torch.eye(9), rtol=0, atol=1e-4)  # principal components
+    shares = mean.view(256, 3).sum(1)
+    assert shares.min() < shares.max() < 1 + 1e-4  # shares of the classes at each pixel; void and padding have none
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(*options, "--steps", 4, "--out", whole)
+    train(*options, "--steps", 4, "--stop-at", 2, "--out", parts)
+    resumed = train("--resume", parts / "checkpoint.pt", "--threads", 1, "--compare", 0)
+    assert "label maps" not in resumed.stderr  # W is in the checkpoint
+    once, twice = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, parts))
+    for part in ("model", "optimizer", "losses"):
+        assert_identical(once[part], twice[part])
+
+    other = train("--resume", parts / "checkpoint.pt", "--model", "gald", code=2)
+    assert other.stderr.strip().endswith("checkpoint.pt: was made with --model dupsampling, not gald")
+
+
+def test_temperature_plot_needs_a_temperature(tmp_path):
+    run = train("--temperature-plot", "--out", tmp_path / "out", code=2)
+    assert "--temperature-plot needs --model dupsampling, not gald" in run.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def assert_identical(first, second) -> None:

@@ -21,4 +21,6 @@ for fused, plain in zip(results["cpu"], results["reference"], strict=True):
 half = segops.local_attention(*(x.bfloat16() for x in tensors), kernel_size=5)
 assert half.dtype == torch.bfloat16
 assert half.isfinite().all()
+learned = segops.dupsampling.fit([torch.arange(60).view(6, 10) // 15], num_classes=4, scale_factor=2, channels=16)
+assert segops.dupsampling.reconstruct([torch.arange(60).view(6, 10) // 15], learned).scores[16].miou == 1
 print(f"wheel smoke test passed on torch {torch.__version__}")

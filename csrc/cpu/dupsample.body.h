@@ -15,11 +15,8 @@ inline void add_pieces(const Dupsample& p, const Shared& shared, const Chunk& ch
   });
 }
 
-inline void finish(const Dupsample& p, const Shared& shared, int64_t begin, int64_t end, double* products) {
-  with_type(p.dtype, [&]<typename T>() {
-    const Tiles<T> tiles(p, shared);
-    for (int64_t slice = begin; slice < end; ++slice) products[slice] = tiles.finish(slice);
-  });
+inline void finish(const Dupsample& p, const Shared& shared, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&]<typename T>() { Tiles<T>(p, shared).finish(begin, end); });
 }
 
 // Logits out, or their gradient in: [classes][cells] of one sub-pixel.
@@ -31,9 +28,10 @@ struct DupsampleTile {
 
   const Upsampled& p;
   const Tiles<T>& tiles;
+  LongSum product;  // sum z dz
 
-  void tile(const Block<A>& b, const A* x, const Tile& at) const {
-    if (!p.backward) tiles.logits(b, x, at.cells);
+  void tile(const Block<A>& b, const A* x, const Tile& at) {
+    if (!p.backward || p.grad_temperature) tiles.logits(b, x, at.cells);
     for (int64_t s = 0; s < b.pixels; ++s) {
       const int64_t shift = (b.first + s) / p.scale * p.full.y + (b.first + s) % p.scale * p.full.x;
       T* out = static_cast<T*>(p.full.data) + shift;
@@ -43,7 +41,7 @@ struct DupsampleTile {
   }
 
   // Classes of a pixel stand side by side.
-  void by_pixel(A* z, T* full, const Tile& at) const {
+  void by_pixel(A* z, T* full, const Tile& at) {
     const int64_t* offset = at.map(0);
     for (int64_t e = 0; e < at.cells; e += L) {
       const int64_t count = least(L, at.cells - e);
@@ -56,7 +54,7 @@ struct DupsampleTile {
             square[i] = i >= count ? Vec<A>{} : classes == L ? widen(in) : widen(in, classes);
           }
           transpose<A>(square);
-          for (int i = 0; i < classes; ++i) store(z + (c + i) * cells + e, square[i]);
+          for (int i = 0; i < classes; ++i) replace(z + (c + i) * cells + e, square[i]);
         } else {
           for (int i = 0; i < L; ++i) square[i] = load(z + (c + least(i, classes - 1)) * cells + e);
           transpose<A>(square);
@@ -69,14 +67,19 @@ struct DupsampleTile {
     }
   }
 
-  void by_class(A* z, T* full, const Tile& at) const {
+  void replace(A* z, Vec<A> slope) {
+    if (p.grad_temperature) product.add(load(z) * slope);
+    store(z, slope);
+  }
+
+  void by_class(A* z, T* full, const Tile& at) {
     const int64_t* offset = at.map(0);
     alignas(64) T line[cells];
     for (int64_t c = 0; c < p.classes; ++c, full += p.full.c, z += cells) {
       if (p.backward) {
         for (int64_t e = 0; e < at.cells; ++e) line[e] = full[offset[e]];
         for (int64_t e = 0; e < at.cells; e += L)
-          store(z + e, at.cells - e >= L ? widen(line + e) : widen(line + e, at.cells - e));
+          replace(z + e, at.cells - e >= L ? widen(line + e) : widen(line + e, at.cells - e));
       } else {
         for (int64_t e = 0; e < at.cells; e += L) narrow(load(z + e), line + e);
         for (int64_t e = 0; e < at.cells; ++e) full[offset[e]] = line[e];
@@ -86,11 +89,12 @@ struct DupsampleTile {
 };
 
 inline void work(const Upsampled& p, const Shared& shared, const Chunk& chunk, int64_t begin, int64_t end,
-                 Scratch& scratch) {
+                 Scratch& scratch, double* products) {
   with_type(p.dtype, [&]<typename T>() {
-    work<T>(p, shared, chunk, begin, end, scratch, [&](const Tiles<T>& tiles, int64_t, auto run) {
-      const DupsampleTile<T> op{p, tiles};
+    work<T>(p, shared, chunk, begin, end, scratch, [&](const Tiles<T>& tiles, int64_t piece, auto run) {
+      DupsampleTile<T> op{p, tiles};
       run(op);
+      products[chunk.index * p.pieces() + piece] = op.product.total();
     });
   });
 }

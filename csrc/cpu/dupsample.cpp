@@ -22,7 +22,7 @@ struct Upsampled : Dupsample {
 
 namespace segops {
 
-double run(const Dupsample& p, const char* op, const Work& work) {
+void run(const Dupsample& p, const char* op, const Work& work) {
   const Shared shared(p);
   std::atomic<bool> failed{!shared.good};
   for (const Chunk& chunk : p.chunks) {
@@ -40,13 +40,10 @@ double run(const Dupsample& p, const char* op, const Work& work) {
       });
   }
   STD_TORCH_CHECK(!failed.load(), "segops.", op, ": out of memory");
-  double products[Dupsample::slices] = {}, total = 0;
   if (p.backward)
-    torch::stable::parallel_for(0, Dupsample::slices, 1, [&](int64_t begin, int64_t end) {
-      SEGOPS_ISA_CALL(finish, p, shared, begin, end, products);
+    torch::stable::parallel_for(0, p.rows(), 256, [&](int64_t begin, int64_t end) {
+      SEGOPS_ISA_CALL(finish, p, shared, begin, end);
     });
-  for (double product : products) total += product;
-  return total;
 }
 
 namespace {
@@ -61,18 +58,21 @@ Upsampled problem(const Tensor& full, const Tensor& x, const Tensor& weight, con
   return p;
 }
 
-void run(const Upsampled& p, const char* op, double* product) {
-  *product = run(p, op, [&](auto& shared, auto& chunk, int64_t begin, int64_t end, Scratch& scratch) {
-    SEGOPS_ISA_CALL(work, p, shared, chunk, begin, end, scratch);
+double run(Upsampled& p, const char* op) {
+  p.plan();
+  std::vector<double> products(p.chunks.size() * p.pieces());
+  run(p, op, [&](auto& shared, auto& chunk, int64_t begin, int64_t end, Scratch& scratch) {
+    SEGOPS_ISA_CALL(work, p, shared, chunk, begin, end, scratch, products.data());
   });
+  double total = 0;
+  for (double product : products) total += product;
+  return total;
 }
 
 void dupsample(const Tensor& out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& temperature, int64_t scale_factor) {
   Upsampled p = problem(out, x, weight, bias, temperature, scale_factor);
-  p.plan();
-  double product;
-  run(p, "dupsample", &product);
+  run(p, "dupsample");
 }
 
 void dupsample_backward(const Tensor& grad_x, const Tensor& grad_weight, const Tensor& grad_bias,
@@ -81,9 +81,7 @@ void dupsample_backward(const Tensor& grad_x, const Tensor& grad_weight, const T
                         int64_t scale_factor) {
   Upsampled p = problem(grad_out, x, weight, bias, temperature, scale_factor);
   p.gradients(grad_x, grad_weight, grad_bias, grad_temperature);
-  p.plan();
-  double product;
-  run(p, "dupsample_backward", &product);
+  const double product = run(p, "dupsample_backward");
   if (p.grad_temperature) put(grad_temperature, -product / p.temperature);
 }
 

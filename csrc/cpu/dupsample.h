@@ -88,7 +88,6 @@ struct Dupsample {
   }
 
   void add_map(int64_t n, int64_t y, int64_t x) { maps[map_count++] = {n, y, x}; }
-  static constexpr int64_t slices = 64;  // of the rows, when the gradients are complete
   int64_t size_of_sum() const { return dtype == DType::float64 ? 8 : 4; }
   bool sums_in_place() const {  // the weight gradient itself can take the sums
     return (dtype == DType::float32 || dtype == DType::float64) && cell_pieces == 1 && grad_weight_channel == 1;
@@ -167,9 +166,8 @@ struct Shared {
 // An op's share of the work: pieces begin .. end-1 of a chunk. A worker that gets no memory says so through `scratch`.
 using Work = std::function<void(const Shared& shared, const Chunk& chunk, int64_t begin, int64_t end, Scratch& scratch)>;
 
-// Plans and runs all chunks, and stores the gradients. Returns sum z dz over all logits z = (W x + b) / temperature, as
-// <W, grad W> + <b, grad b>, if the problem asks for the temperature's gradient.
-double run(const Dupsample& p, const char* op, const Work& work);
+// Runs all chunks and stores the gradients of x, weight and bias.
+void run(const Dupsample& p, const char* op, const Work& work);
 
 // Writes `value` into a tensor of one element of the type sums run in.
 inline void put(const torch::stable::Tensor& t, double value) {

@@ -19,21 +19,31 @@ struct ArgmaxTile {
     for (int64_t s = 0; s < b.pixels; ++s) {
       const int64_t dy = (b.first + s) / p.scale, dx = (b.first + s) % p.scale;
       const A* z = b.logits + s * p.classes * cells;
-      for (int64_t e = 0; e < at.cells; e += L) {
-        Vec<A> top = load(z + e);
-        B index = {};
-        for (int64_t c = 1; c < p.classes; ++c) {
-          const Vec<A> value = load(z + c * cells + e);
-          const auto more = value > top;
-          top = more ? value : top;
-          index = more ? B{} + Index(c) : index;
+      for (int64_t e = 0; e < at.cells; e += 4 * L) {  // four at a time: each comparison waits for the last
+        Vec<A> top[4];
+        B index[4] = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) top[i] = load(z + e + i * L);
+        for (int64_t c = 1; c < p.classes; ++c)
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            const Vec<A> value = load(z + c * cells + e + i * L);
+            index[i] = value > top[i] ? B{} + Index(c) : index[i];
+            top[i] = larger(value, top[i]);
+          }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          *reinterpret_cast<B*>(winner + e + i * L) = index[i];
+          store(confidence + e + i * L, top[i]);
         }
-        *reinterpret_cast<B*>(winner + e) = index;
-        if (!p.confidence) continue;
-        Vec<A> sum = {};
-        for (int64_t c = 0; c < p.classes; ++c) sum += bounded_exp(load(z + c * cells + e) - top);
-        store(confidence + e, 1 / sum);
       }
+      if (p.confidence)
+        for (int64_t e = 0; e < at.cells; e += L) {
+          const Vec<A> top = load(confidence + e);
+          Vec<A> sum = {};
+          for (int64_t c = 0; c < p.classes; ++c) sum += bounded_exp(load(z + c * cells + e) - top);
+          store(confidence + e, 1 / sum);
+        }
       const int64_t shift = dy * p.labels_y + dx * p.labels_x;
       if (p.bytes)
         scatter(winner, static_cast<uint8_t*>(p.labels) + shift, at.map(0), at.cells);

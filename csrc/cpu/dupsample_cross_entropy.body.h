@@ -28,9 +28,9 @@ struct CrossEntropyTile {
 
   const CrossEntropy& p;
   const Tiles<T>& tiles;
-  double loss = 0, count = 0;
+  double loss = 0, count = 0, product = 0;  // product: sum z dz
   alignas(64) int32_t label[cells];
-  alignas(64) A first[cells], second[cells], third[cells];
+  alignas(64) A first[cells], second[cells], third[cells], tops[cells];
 
   // Labels of one sub-pixel of the tile's cells.
   void read_labels(const Tile& at, int64_t y, int64_t x) {
@@ -67,13 +67,19 @@ struct CrossEntropyTile {
     }
     const A share = A(p.label_smoothing / p.classes), rest = A(1 - p.label_smoothing);
     Vec<A> total = {}, weights = {};
+    for (int64_t e = 0; e < at.cells; e += 4 * L) {  // four at a time: each maximum waits for the last
+      Vec<A> top[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) top[i] = load(z + e + i * L);
+      for (int64_t c = 1; c < p.classes; ++c)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) top[i] = larger(load(z + c * cells + e + i * L), top[i]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(tops + e + i * L, top[i]);
+    }
     for (int64_t e = 0; e < at.cells; e += L) {
       const A* logit = z + e;
-      Vec<A> top = load(logit);
-      for (int64_t c = 1; c < p.classes; ++c) {
-        const Vec<A> value = load(logit + c * cells);
-        top = value > top ? value : top;
-      }
+      const Vec<A> top = load(tops + e);
       Vec<A> sum = {};
       for (int64_t c = 0; c < p.classes; ++c) sum += bounded_exp(load(logit + c * cells) - top);
       const Vec<A> lse = top + vlog<A>(sum);
@@ -92,7 +98,7 @@ struct CrossEntropyTile {
       weights += counts ? w : Vec<A>{};
       if (p.per_pixel) store(picked + e, l);
     }
-    loss += double(sum_of<A>(total)), count += double(sum_of<A>(weights));
+    loss += sum_of<A>(total), count += sum_of<A>(weights);
     scatter(log_sum, static_cast<A*>(p.lse), at.map(1), y * p.lse_y + x * p.lse_x, at.cells);
     if (p.per_pixel) scatter(picked, static_cast<A*>(p.loss), at.map(2), y * p.loss_y + x * p.loss_x, at.cells);
   }
@@ -118,23 +124,37 @@ struct CrossEntropyTile {
       all[e] = g;
       log_sum[e] = lse[at.map(1)[e]];
     }
-    for (int64_t e = at.cells; e < round_up(at.cells, L); ++e) own[e] = all[e] = log_sum[e] = 0;
+    for (int64_t e = at.cells; e < round_up(at.cells, L); ++e)  // no cells: their gradient is to be 0
+      own[e] = all[e] = 0, log_sum[e] = A(__builtin_inf());
+    if (p.grad_temperature)
+      for (int64_t e = 0; e < at.cells; ++e) product -= label[e] < 0 ? 0 : double(z[label[e] * cells + e]) * own[e];
     for (int64_t e = 0; e < at.cells; e += L) {
-      A* logit = z + e;
-      const Vec<A> g = load(all + e), factor = load(own + e) + g * whole, low = load(log_sum + e);
-      if (p.label_smoothing == 0)
-        for (int64_t c = 0; c < p.classes; ++c)
-          store(logit + c * cells, bounded_exp(load(logit + c * cells) - low) * factor);
+      const Vec<A> g = load(all + e), low = load(log_sum + e);
+      Vec<A> sum = {}, mean = {}, weighted = {};  // of exp(z - lse), 1 but for lse's rounding; of z times it; of w z
+      if (p.grad_temperature)
+        for (int64_t c = 0; c < p.classes; ++c) {
+          const Vec<A> value = load(z + c * cells + e), ratio = bounded_exp(value - low);
+          sum += ratio, mean += value * ratio, weighted += (class_weight ? class_weight[c] : A(1)) * value;
+          store(z + c * cells + e, ratio);
+        }
       else
         for (int64_t c = 0; c < p.classes; ++c) {
-          const Vec<A> part = g * (share * (class_weight ? class_weight[c] : A(1)));
-          store(logit + c * cells, bounded_exp(load(logit + c * cells) - low) * factor - part);
+          const Vec<A> ratio = bounded_exp(load(z + c * cells + e) - low);
+          sum += ratio;
+          store(z + c * cells + e, ratio);
         }
+      const Vec<A> factor = (load(own + e) + g * whole) / sum;
+      if (p.label_smoothing == 0)
+        for (int64_t c = 0; c < p.classes; ++c) store(z + c * cells + e, load(z + c * cells + e) * factor);
+      else
+        for (int64_t c = 0; c < p.classes; ++c) {
+          const A weight = class_weight ? class_weight[c] : A(1);
+          store(z + c * cells + e, load(z + c * cells + e) * factor - weight * share * g);
+        }
+      if (p.grad_temperature) product += sum_of<A>(mean * factor - share * g * weighted);
     }
     for (int64_t e = 0; e < at.cells; ++e)
       if (label[e] >= 0) z[label[e] * cells + e] -= own[e];
-    for (int64_t e = at.cells; e < round_up(at.cells, L); ++e)  // no cells, but summed in whole vectors
-      for (int64_t c = 0; c < p.classes; ++c) z[c * cells + e] = 0;
   }
 };
 
@@ -145,7 +165,7 @@ inline void work(const CrossEntropy& p, const Shared& shared, const Chunk& chunk
       CrossEntropyTile<T> op{p, tiles};
       run(op);
       double* at = sums + 2 * (chunk.index * p.pieces() + piece);
-      at[0] = op.loss, at[1] = op.count;
+      at[0] = p.backward ? op.product : op.loss, at[1] = op.count;
     });
   });
 }

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <utility>
 
 #include "cpu/dupsample.h"
 #include "cpu/labels.h"
@@ -61,21 +62,27 @@ CrossEntropy problem(const Tensor& x, const Tensor& weight, const Tensor& target
   return p;
 }
 
+// Sum of the loss and of the weights of its pixels; backward, sum z dz.
+std::pair<double, double> run(CrossEntropy& p, const char* op) {
+  p.plan();
+  std::vector<double> sums(2 * p.chunks.size() * p.pieces());
+  run(p, op, [&](auto& shared, auto& chunk, int64_t begin, int64_t end, Scratch& scratch) {
+    SEGOPS_ISA_CALL(work, p, shared, chunk, begin, end, scratch, sums.data());
+  });
+  std::pair<double, double> total;
+  for (std::size_t i = 0; i < sums.size(); i += 2) total.first += sums[i], total.second += sums[i + 1];
+  return total;
+}
+
 int64_t dupsample_cross_entropy(const Tensor& loss, const Tensor& count, const Tensor& lse, const Tensor& x,
                                 const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
                                 const std::optional<Tensor>& temperature, const std::optional<Tensor>& class_weight,
                                 int64_t scale_factor, int64_t ignore_index, double label_smoothing) {
   CrossEntropy p = problem(x, weight, target, bias, temperature, class_weight, loss, lse, scale_factor, ignore_index,
                            label_smoothing);
-  p.plan();
   FirstIndex wrong;
   p.wrong = &wrong;
-  std::vector<double> sums(2 * p.chunks.size() * p.pieces());
-  run(p, "dupsample_cross_entropy", [&](auto& shared, auto& chunk, int64_t begin, int64_t end, Scratch& scratch) {
-    SEGOPS_ISA_CALL(work, p, shared, chunk, begin, end, scratch, sums.data());
-  });
-  double total = 0, weights = 0;
-  for (std::size_t i = 0; i < sums.size(); i += 2) total += sums[i], weights += sums[i + 1];
+  const auto [total, weights] = run(p, "dupsample_cross_entropy");
   if (!p.per_pixel) put(loss, total);
   put(count, weights);
   return wrong.get();
@@ -90,13 +97,7 @@ void dupsample_cross_entropy_backward(const Tensor& grad_x, const Tensor& grad_w
   CrossEntropy p = problem(x, weight, target, bias, temperature, class_weight, grad_loss, lse, scale_factor,
                            ignore_index, label_smoothing);
   p.gradients(grad_x, grad_weight, grad_bias, grad_temperature);
-  p.plan();
-  std::vector<double> sums(2 * p.chunks.size() * p.pieces());
-  const double product =
-      run(p, "dupsample_cross_entropy_backward",
-          [&](auto& shared, auto& chunk, int64_t begin, int64_t end, Scratch& scratch) {
-            SEGOPS_ISA_CALL(work, p, shared, chunk, begin, end, scratch, sums.data());
-          });
+  const auto [product, count] = run(p, "dupsample_cross_entropy_backward");
   if (p.grad_temperature) put(grad_temperature, -product / p.temperature);
 }
 

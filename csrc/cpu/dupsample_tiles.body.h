@@ -11,30 +11,20 @@ template <typename A, int Rows, int Row>
 [[gnu::noinline]] void multiply(const A* a, int64_t a_step, const A* b, int64_t b_step, int64_t count, const A* start,
                                 A* sums, int64_t sums_step) {
   constexpr int L = Simd<A>::lanes;
-  Vec<A> acc[Rows][2];
-  if (start) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) acc[i][0] = acc[i][1] = Vec<A>{} + start[i];
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      acc[i][0] = load(sums + i * sums_step);
-      acc[i][1] = load(sums + i * sums_step + L);
-    }
-  }
+  Vec<A> acc[Rows][2] = {};
+#pragma GCC unroll 2
   for (int64_t t = 0; t < count; ++t, a += a_step, b += b_step) {
     const Vec<A> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Vec<A> s = Vec<A>{} + a[i * Row];
-      acc[i][0] += s * b0;
-      acc[i][1] += s * b1;
+      acc[i][0] += a[i * Row] * b0;
+      acc[i][1] += a[i * Row] * b1;
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-    store(sums + i * sums_step, acc[i][0]);
-    store(sums + i * sums_step + L, acc[i][1]);
+  for (int i = 0; i < Rows; ++i, sums += sums_step) {
+    store(sums, (start ? Vec<A>{} + start[i] : load(sums)) + acc[i][0]);
+    store(sums + L, (start ? Vec<A>{} + start[i] : load(sums + L)) + acc[i][1]);
   }
 }
 
@@ -65,11 +55,24 @@ template <typename Kernel>
   }
 }
 
+// The larger of a and b; b if either is NaN. One instruction, which the compiler does not find for vectors.
+[[gnu::always_inline]] inline Vec<float> larger(Vec<float> a, Vec<float> b) {
+#if SEGOPS_X86_ISAS && SEGOPS_VECTOR_BYTES == 64
+  return __builtin_ia32_maxps512_mask(a, b, a, -1, 4);
+#elif SEGOPS_X86_ISAS && SEGOPS_VECTOR_BYTES == 32
+  return __builtin_ia32_maxps256(a, b);
+#elif SEGOPS_X86_ISAS
+  return __builtin_ia32_maxps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline Vec<double> larger(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+
 // exp(x) for x below about 80, no less than exp(exp_min); NaN for NaN. Float: a minimax polynomial, exact at 0.
 [[gnu::always_inline]] inline Vec<float> bounded_exp(Vec<float> x) {
   using S = Simd<float>;
-  const Vec<float> floor = Vec<float>{} + S::exp_min;
-  x = x < floor ? floor : x;
+  x = larger(Vec<float>{} + S::exp_min, x);
   const Vec<float> shifted = x * S::log2e + (S::round_magic + S::bias);
   const Vec<float> n = shifted - (S::round_magic + S::bias);
   const Vec<float> r = (x - n * S::ln2_hi) - n * S::ln2_lo;
@@ -81,7 +84,9 @@ template <typename Kernel>
   p = p * r + 1.0f;
   return p * __builtin_bit_cast(Vec<float>, __builtin_bit_cast(S::bits, shifted) << S::mantissa);
 }
-[[gnu::always_inline]] inline Vec<double> bounded_exp(Vec<double> x) { return vexp<double>(x); }
+[[gnu::always_inline]] inline Vec<double> bounded_exp(Vec<double> x) {
+  return vexp<double>(larger(Vec<double>{} + Simd<double>::exp_min, x));
+}
 
 // Calls function.operator()<T>() for the storage type.
 template <typename Function>
@@ -95,11 +100,24 @@ template <typename Function>
 }
 
 template <typename A>
-[[gnu::always_inline]] inline A sum_of(Vec<A> v) {
-  A total = 0;
-  for (int i = 0; i < Simd<A>::lanes; ++i) total += v[i];
+[[gnu::always_inline]] inline double sum_of(Vec<A> v) {
+  double total = 0;
+  for (int i = 0; i < Simd<A>::lanes; ++i) total += double(v[i]);
   return total;
 }
+
+// A sum of many vectors, in double.
+struct LongSum {
+  Vec<double> low = {}, high = {};
+  [[gnu::always_inline]] void add(Vec<double> v) { low += v; }
+  [[gnu::always_inline]] void add(Vec<float> v) {
+    typedef float Half __attribute__((vector_size(SEGOPS_VECTOR_BYTES / 2)));
+    struct Halves { Half low, high; };
+    const Halves halves = __builtin_bit_cast(Halves, v);
+    low += __builtin_convertvector(halves.low, Vec<double>), high += __builtin_convertvector(halves.high, Vec<double>);
+  }
+  double total() const { return sum_of<double>(low + high); }
+};
 
 // Scratch memory is one allocation: each part takes what it needs, first to be counted, then for real.
 struct Arena {
@@ -117,6 +135,7 @@ struct Arena {
 template <typename A>
 struct Block {
   A *weight, *weight_by_channel, *bias, *logits, *grad_weight;
+  A* grad_bias;  // [row][lane]
   int64_t first, pixels, rows;  // sub-pixels, and rows = pixels * classes
 };
 
@@ -232,6 +251,7 @@ struct Tiles {
     b.bias = arena.take<A>(rows);
     b.logits = arena.take<A>(rows * tile);
     b.grad_weight = arena.take<A>(p.backward ? rows * padded : 0);
+    b.grad_bias = arena.take<A>(p.backward ? rows * L : 0);
     return b;
   }
 
@@ -263,17 +283,19 @@ struct Tiles {
       }
   }
 
-  // logits[row][cell] = (W x + b) / temperature
+  // logits[row][cell] = (W x + b) / temperature, summed over some channels at a time: less error in long sums.
   void logits(const Block<A>& b, const A* x, int64_t cells) const {
-    for_rows(b.rows, [&]<int Rows>(int64_t first) {
-      for (int64_t e = 0; e < cells; e += panel)
-        multiply<A, Rows, 1>(b.weight_by_channel + first, rows_step, x + e, tile, p.channels, b.bias + first,
-                             b.logits + first * tile + e, tile);
-    });
+    for (int64_t c = 0; c < p.channels; c += 256)
+      for_rows(b.rows, [&]<int Rows>(int64_t first) {
+        for (int64_t e = 0; e < cells; e += panel)
+          multiply<A, Rows, 1>(b.weight_by_channel + c * rows_step + first, rows_step, x + c * tile + e, tile,
+                               least(256, p.channels - c), c ? nullptr : b.bias + first, b.logits + first * tile + e,
+                               tile);
+      });
   }
 
-  // From the gradient that stands in b.logits: grad_x += W^T g, grad_weight += g x^T, grad_bias += sum g.
-  void spread_gradient(const Block<A>& b, int64_t cell_piece, int64_t t, int64_t cells, A* grad_x) const {
+  // From the gradient g that stands in b.logits: grad_x += W^T g, grad_weight += g x^T, grad_bias += sum g.
+  void spread_gradient(const Block<A>& b, int64_t t, int64_t cells, A* grad_x) const {
     for_rows(p.channels, [&]<int Rows>(int64_t first) {
       for (int64_t e = 0; e < cells; e += panel)
         multiply<A, Rows, 1>(b.weight + first, channels_step, b.logits + e, tile, b.rows, nullptr,
@@ -284,11 +306,11 @@ struct Tiles {
         multiply<A, Rows, tile>(b.logits + first * tile, 1, x_by_cell(t) + c, padded, cells, nullptr,
                                 b.grad_weight + first * padded + c, padded);
     });
-    A* bias = static_cast<A*>(shared.grad_bias) + cell_piece * p.rows() + b.first * p.classes;
+    if (!p.grad_bias) return;
     for (int64_t i = 0; i < b.rows; ++i) {
-      Vec<A> sum = {};
+      Vec<A> sum = load(b.grad_bias + i * L);
       for (int64_t e = 0; e < cells; e += L) sum += load(b.logits + i * tile + e);
-      bias[i] += sum_of<A>(sum);
+      store(b.grad_bias + i * L, sum);
     }
   }
 
@@ -300,9 +322,11 @@ struct Tiles {
   void add_weight_gradient(const Block<A>& b, int64_t cell_piece) const {
     int64_t step;
     A* sums = weight_sums(cell_piece, b.first * p.classes, step);
+    A* bias = static_cast<A*>(shared.grad_bias) + cell_piece * p.rows() + b.first * p.classes;
     for (int64_t i = 0; i < b.rows; ++i) {
       const A* in = b.grad_weight + i * padded;
       for (int64_t c = 0; c < p.channels; ++c) sums[i * step + c] += in[c];
+      if (p.grad_bias) bias[i] += A(sum_of<A>(load(b.grad_bias + i * L)));
     }
   }
 
@@ -328,10 +352,11 @@ struct Tiles {
         if (next == s) { ++next; continue; }
         load_block(b, s, next - s);
         if (p.backward) __builtin_memset(b.grad_weight, 0, b.rows * padded * sizeof(A));
+        if (p.backward) __builtin_memset(b.grad_bias, 0, b.rows * L * sizeof(A));
         for (int64_t t = first; t < last; ++t) {
           const Tile at{shared.offset + t * tile, p.chunk_cells, least(tile, chunk.cells - t * tile)};
           op.tile(b, x_tile(t), at);
-          if (p.backward) spread_gradient(b, cell_piece, t, at.cells, grad_x_tile(pixel_piece, t));
+          if (p.backward) spread_gradient(b, t, at.cells, grad_x_tile(pixel_piece, t));
         }
         if (p.backward) add_weight_gradient(b, cell_piece);
       }
@@ -388,13 +413,9 @@ struct Tiles {
     }
   }
 
-  // A slice of the rows: the weight gradient's pieces are added up and stored. Returns <W, grad W> + <b, grad b>, which
-  // is sum z dz: d loss / d temperature = -(1 / temperature) times it.
-  double finish(int64_t slice) const {
-    const int64_t begin = p.rows() * slice / p.slices, end = p.rows() * (slice + 1) / p.slices;
-    const T *weight = static_cast<const T*>(p.weight), *bias = static_cast<const T*>(p.bias);
+  // Rows of the weight gradient: pieces are added up and stored.
+  void finish(int64_t begin, int64_t end) const {
     const A factor = A(1 / p.temperature);
-    double total = 0;
     if (p.chunks.empty())
       for (int64_t piece = 0; piece < p.cell_pieces; ++piece) zero_sums(begin, end, piece);
     for (int64_t row = begin; row < end; ++row) {
@@ -406,12 +427,8 @@ struct Tiles {
         for (int64_t c = 0; c < p.channels; ++c) sums[c] += in[c];
         *bias_sum += bias_sum[piece * p.rows()];
       }
-      *bias_sum *= factor;
-      if (p.grad_temperature) {
-        if (bias) total += double(widen(bias + row * p.bias_row, 1)[0]) * *bias_sum;
-        total += product(weight + row * p.weight_row, sums);
-      }
-      if (p.grad_bias) narrow(Vec<A>{} + *bias_sum, static_cast<T*>(p.grad_bias) + row * p.grad_bias_row, 1);
+      if (p.grad_bias)
+        narrow(Vec<A>{} + *bias_sum * factor, static_cast<T*>(p.grad_bias) + row * p.grad_bias_row, 1);
       if (p.sums_in_place()) continue;
       T* out = static_cast<T*>(p.grad_weight) + row * p.grad_weight_row;
       if (p.grad_weight_channel == 1) {
@@ -422,19 +439,7 @@ struct Tiles {
         for (int64_t c = 0; c < p.channels; ++c) narrow(Vec<A>{} + sums[c], out + c * p.grad_weight_channel, 1);
       }
     }
-    return total;
   }
-
-  double product(const T* weight, const A* sums) const {
-    Vec<A> total = {};
-    double rest = 0;
-    int64_t c = 0;
-    if (p.weight_channel == 1)
-      for (; c + L <= p.channels; c += L) total += widen(weight + c) * load(sums + c);
-    for (; c < p.channels; ++c) rest += double(widen(weight + c * p.weight_channel, 1)[0]) * sums[c];
-    return rest + sum_of<A>(total);
-  }
-
 };
 
 // Pieces begin .. end-1 of a chunk, in one worker's memory: each(tiles, piece, run) makes the op and calls run(op).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..ops.local_attention import BORDERS, local_attention
+from ._layers import check_classes, check_features, check_in_channels, check_map, check_strides, conv_bn, resize
 
 __all__ = ["GALDHead", "LocalDistributionV2"]
 
@@ -119,8 +119,8 @@ class LocalDistributionV2(nn.Module):
             [N, out_channels, H, W].
         """
         name = type(self).__name__
-        _check_map(name, "x_global", x_global, self.global_channels)
-        _check_map(name, "x_local", x_local, self.local_channels)
+        check_map(name, "x_global", x_global, self.global_channels)
+        check_map(name, "x_local", x_local, self.local_channels)
         if x_global.shape[0] != x_local.shape[0] or x_global.shape[2:] != x_local.shape[2:]:
             raise ValueError(
                 f"{name}: x_local must have x_global's batch and size, got {tuple(x_local.shape)} and "
@@ -212,20 +212,11 @@ class GALDHead(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if not in_channels:
-            raise ValueError(f"{name}: in_channels must name at least one map, got {in_channels!r}")
+        check_in_channels(name, in_channels)
         if strides is None:
             strides = [max(8 >> i, 1) for i in range(len(in_channels))][::-1]
-        if len(strides) != len(in_channels):
-            raise ValueError(
-                f"{name}: strides must have one entry per map of in_channels ({len(in_channels)}), got {tuple(strides)}"
-            )
-        if list(strides) != sorted(strides):
-            raise ValueError(f"{name}: strides must run fine to coarse, got {tuple(strides)}")
-        if num_classes < 2:
-            raise ValueError(
-                f"{name}: num_classes must be at least 2, got {num_classes}; for one foreground class use 2 classes"
-            )
+        check_strides(name, in_channels, strides)
+        check_classes(name, num_classes)
         for argument, given, supported in (("ga", ga, ("psp", None)), ("ld", ld, ("v2", None))):
             if given not in supported:
                 raise ValueError(f"{name}: {argument} must be {supported[0]!r} or None, got {given!r}")
@@ -236,7 +227,7 @@ class GALDHead(nn.Module):
         self.align_corners = align_corners
 
         *skips, coarsest = self.in_channels
-        self.reduce = _conv_bn(coarsest, channels, 3)
+        self.reduce = conv_bn(coarsest, channels, 3)
         self.ga = _PyramidPooling(channels, dropout, align_corners) if ga == "psp" else nn.Identity()
         self.ld: nn.Module | None = None
         if ld == "v2":
@@ -246,9 +237,9 @@ class GALDHead(nn.Module):
                 num_heads=num_heads, scale=scale, border=border,
                 query_from=source, key_from=source, value_from=source,
             )  # fmt: skip
-        self.fuse = _conv_bn(coarsest + (self.ld.out_channels if self.ld else channels), channels, 3)
-        self.laterals = nn.ModuleList(_conv_bn(width, skip_channels, 1) for width in skips)
-        self.merges = nn.ModuleList(_conv_bn(channels + skip_channels, channels, 3) for _ in skips)
+        self.fuse = conv_bn(coarsest + (self.ld.out_channels if self.ld else channels), channels, 3)
+        self.laterals = nn.ModuleList(conv_bn(width, skip_channels, 1) for width in skips)
+        self.merges = nn.ModuleList(conv_bn(channels + skip_channels, channels, 3) for _ in skips)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(
@@ -264,10 +255,7 @@ class GALDHead(nn.Module):
             logits [N, num_classes, H_0, W_0]; with ``return_aux`` also a dict, empty in this configuration.
         """
         name = type(self).__name__
-        if len(features) != len(self.in_channels):
-            raise ValueError(f"{name}: expected {len(self.in_channels)} feature maps, got {len(features)}")
-        for i, (feature, width) in enumerate(zip(features, self.in_channels, strict=True)):
-            _check_map(name, f"features[{i}]", feature, width)
+        check_features(name, features, self.in_channels)
         *skips, coarsest = features
         x_local = self.reduce(coarsest)
         x = self.ga(x_local)
@@ -275,7 +263,7 @@ class GALDHead(nn.Module):
             x = self.ld(x, x_local)
         x = self.fuse(torch.cat([coarsest, x], 1))
         for i in reversed(range(len(skips))):
-            x = _resize(x, skips[i].shape[2:], self.align_corners)
+            x = resize(x, skips[i].shape[2:], self.align_corners)
             x = self.merges[i](torch.cat([x, self.laterals[i](skips[i])], 1))
         logits = self.classifier(x)
         return (logits, {}) if return_aux else logits
@@ -309,7 +297,7 @@ class GALDHead(nn.Module):
             IndexError: (on CPU) a label outside [0, num_classes) that is not ignore_index.
         """
         _check_target(f"{type(self).__name__}.loss", target)
-        logits = _resize(self(features), target.shape[1:], self.align_corners)
+        logits = resize(self(features), target.shape[1:], self.align_corners)
         target = target.long()
         total = F.cross_entropy(
             logits if logits.dtype == torch.float64 else logits.float(),
@@ -332,7 +320,7 @@ class GALDHead(nn.Module):
         Returns:
             [N, *size], uint8 for up to 255 classes, else int64.
         """
-        labels = _resize(self(features), size, self.align_corners).argmax(1)
+        labels = resize(self(features), size, self.align_corners).argmax(1)
         return labels.to(torch.uint8) if self.num_classes <= 255 else labels
 
 
@@ -343,36 +331,14 @@ class _PyramidPooling(nn.Module):
         super().__init__()
         self.bins = tuple(bins)
         self.align_corners = align_corners
-        self.stages = nn.ModuleList(_conv_bn(channels, channels, 1, activate=False) for _ in bins)
-        self.bottleneck = _conv_bn((1 + len(self.bins)) * channels, channels, 3)
+        self.stages = nn.ModuleList(conv_bn(channels, channels, 1, activate=False) for _ in bins)
+        self.bottleneck = conv_bn((1 + len(self.bins)) * channels, channels, 3)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = [stage(F.adaptive_avg_pool2d(x, n)) for n, stage in zip(self.bins, self.stages, strict=True)]
-        pooled = [_resize(p, x.shape[2:], self.align_corners) for p in pooled]
+        pooled = [resize(p, x.shape[2:], self.align_corners) for p in pooled]
         return self.dropout(self.bottleneck(torch.cat([*pooled, x], 1)))
-
-
-def _conv_bn(in_channels: int, out_channels: int, kernel_size: int, *, activate: bool = True) -> nn.Sequential:
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv=nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-        bn=nn.BatchNorm2d(out_channels),
-    )
-    if activate:
-        layers["act"] = nn.ReLU()
-    return nn.Sequential(layers)
-
-
-def _resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
-
-
-def _check_map(name: str, argument: str, x: Tensor, channels: int) -> None:
-    _checks.tensor(name, argument, x, "[N, C, H, W]")
-    if x.shape[1] != channels:
-        raise ValueError(f"{name}: {argument} must have {channels} channels, got {tuple(x.shape)}")
 
 
 def _check_target(name: str, target: Tensor) -> None:

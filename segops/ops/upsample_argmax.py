@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -112,7 +113,7 @@ def _size(logits: Tensor, size: Any, scale_factor: Any) -> tuple[int, int]:
         return _checks.pair(NAME, "size", size)
     if not isinstance(scale_factor, (int, float)) or isinstance(scale_factor, bool):
         raise TypeError(f"{NAME}: scale_factor must be a number, got {scale_factor!r}")
-    height, width = (int(length * scale_factor) for length in logits.shape[2:])
+    height, width = (math.floor(length * scale_factor) for length in logits.shape[2:])
     if not (height >= 1 and width >= 1):
         raise ValueError(f"{NAME}: scale_factor must leave a pixel, got {scale_factor} for {tuple(logits.shape)}")
     return height, width

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_labels", "counted", "cross_entropy", "label_error", "winner"]
+__all__ = ["check_labels", "counted", "cross_entropy", "label_error", "readable", "winner"]
 
 
 def counted(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
@@ -14,9 +14,14 @@ def counted(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
     return (labels != ignore_index) & (labels >= 0) & (labels < classes)
 
 
+def readable(x: Tensor) -> bool:
+    """Whether values can be looked at: not while compiling, nor in the stand-in of a tracer."""
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
 def check_labels(function: str, name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises the ValueError of the first label out of range. While compiling nothing can be read: no check."""
-    if not torch.compiler.is_compiling():
+    """Raises the ValueError of the first label out of range."""
+    if readable(labels):
         wrong = ~counted(labels, classes, ignore_index) & (labels.long() != ignore_index)
         if wrong.any():
             raise label_error(function, name, labels, int(wrong.flatten().int().argmax()), classes, ignore_index)

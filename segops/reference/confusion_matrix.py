@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._losses import check_labels, counted, label_error
+from ._losses import check_labels, counted, label_error, readable
 from ._sample import Labels, Sample
 
 __all__ = ["check_pairs", "confusion_matrix", "sample_inputs"]
@@ -27,7 +27,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
 def check_pairs(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raises the ValueError of a target out of range, or of a prediction out of range where the target is counted."""
     check_labels("confusion_matrix", "target", target, num_classes, ignore_index)
-    if not torch.compiler.is_compiling():
+    if readable(prediction):
         labels = prediction.long()
         wrong = ((labels < 0) | (labels >= num_classes)) & (target.long() != ignore_index)
         if wrong.any():

@@ -8,9 +8,9 @@ cropped at the bottom and on the right to ``size``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ._losses import readable
 from ._sample import Sample, Shape, Spec, Uniform
 
 __all__ = ["dupsample", "head", "logits", "sample_inputs"]
@@ -36,15 +36,17 @@ def logits(
     check_temperature(function, temperature)
     n, _, h, w = x.shape
     r, classes = scale_factor, weight.shape[0] // scale_factor**2
-    columns = F.conv2d(x, weight[:, :, None, None], bias).view(n, r, r, classes, h, w)
-    z = columns.permute(0, 3, 4, 1, 5, 2).reshape(n, classes, h * r, w * r)[:, :, : size[0], : size[1]]
+    columns = torch.einsum("rc,nchw->nrhw", weight, x)
+    columns = columns if bias is None else columns + bias[:, None, None]
+    z = columns.view(n, r, r, classes, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, classes, h * r, w * r)
+    z = z[:, :, : size[0], : size[1]]
     z = z if z.dtype == torch.float64 else z.float()
     return z if temperature is None else z / temperature.reshape(())
 
 
 def check_temperature(function: str, temperature: Tensor | None) -> None:
     """Raises the ValueError of a temperature of 0 or NaN, where it can be read without waiting for a GPU."""
-    if temperature is not None and temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+    if temperature is not None and temperature.device.type == "cpu" and readable(temperature):
         value = float(temperature.detach())
         if value == 0 or value != value:
             raise ValueError(f"{function}: temperature must be neither 0 nor NaN, got {value}")

@@ -12,8 +12,12 @@ import torch
 
 from . import build
 
-SOURCE = build.ROOT / "csrc" / "cuda" / "local_attention.cu"
-BARRIERS = [i for i, line in enumerate(SOURCE.read_text().splitlines(), 1) if re.match(r"\s*__syncthreads\(\);", line)]
+BARRIERS = [
+    (source.stem, i)
+    for source in sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))
+    for i, line in enumerate(source.read_text().splitlines(), 1)
+    if re.match(r"\s*__syncthreads\(\);", line)
+]
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 BORDERS = ("zero", "mask", "shift")
 
@@ -57,20 +61,55 @@ def local_attention(ops, shape, kernel_size, dilation, num_heads, border, dtype=
     return [out, lse, *gradients]
 
 
+def guarded(like):
+    """NaN of a tensor's layout, in memory that goes on around it: a kernel without its barrier may write there."""
+    memory = torch.full((like.numel() + 128,), torch.nan, dtype=like.dtype)
+    return memory.as_strided(like.shape, like.stride(), 64)
+
+
+def rearrange(ops, shape, scale_factor, size, classes, dtype=torch.float32, layout="contiguous", temperature=None):
+    """Output of ``dupsample_rearrange`` and of its backward on fixed random inputs."""
+    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(shape[0], scale_factor**2 * classes, shape[1] * shape[2], generator=generator).to(dtype)
+    bias = torch.randn(columns.shape[1], generator=generator).to(dtype)
+    grad_out = torch.randn(shape[0], classes, *size, generator=generator).to(dtype)
+    grad_out = grad_out.contiguous(memory_format=memory_format)
+    statistic = torch.float64 if dtype == torch.float64 else torch.float32
+    temperature = None if temperature is None else torch.tensor([temperature], dtype=statistic)
+    out, grad_columns = guarded(grad_out), guarded(columns)
+    ops.dupsample_rearrange(out, columns, bias, temperature, scale_factor)
+    ops.dupsample_rearrange_backward(grad_columns, grad_out, temperature, scale_factor)
+    return [out, grad_columns]
+
+
 # Between them: several tiles per axis, 1 to 16 threads per strip, windows in one and in several blocks, each border.
 CALLS = {
-    "several_tiles": ((1, 16, 30, 61), (5, 5), (1, 1), 1, "zero", torch.bfloat16, "channels_last"),
-    "rows_of_pixels": ((2, 8, 9, 40), (5, 5), (2, 3), 2, "mask", torch.float16, "contiguous"),
-    "pushed_windows": ((1, 24, 12, 16), (5, 5), (2, 3), 1, "shift", torch.float32, "channels_last"),
-    "groups_of_column_phases": ((1, 3, 9, 40), (5, 5), (3, 17), 1, "zero", torch.float32, "contiguous"),
-    "window_in_blocks": ((1, 20, 9, 14), (7, 3), (1, 2), 2, "shift", torch.float32, "contiguous"),
-    "float64": ((1, 6, 7, 9), (5, 3), (2, 1), 1, "mask", torch.float64, "contiguous"),
+    "several_tiles": (local_attention, (1, 16, 30, 61), (5, 5), (1, 1), 1, "zero", torch.bfloat16, "channels_last"),
+    "rows_of_pixels": (local_attention, (2, 8, 9, 40), (5, 5), (2, 3), 2, "mask", torch.float16, "contiguous"),
+    "pushed_windows": (local_attention, (1, 24, 12, 16), (5, 5), (2, 3), 1, "shift", torch.float32, "channels_last"),
+    "groups_of_phases": (local_attention, (1, 3, 9, 40), (5, 5), (3, 17), 1, "zero", torch.float32, "contiguous"),
+    "window_in_blocks": (local_attention, (1, 20, 9, 14), (7, 3), (1, 2), 2, "shift", torch.float32, "contiguous"),
+    "float64": (local_attention, (1, 6, 7, 9), (5, 3), (2, 1), 1, "mask", torch.float64, "contiguous"),
+    "pixels_fastest": (rearrange, (1, 3, 15), 8, (24, 113), 3, torch.bfloat16, "contiguous", -0.7),
+    "classes_fastest": (rearrange, (2, 4, 8), 4, (14, 32), 21, torch.float32, "channels_last"),
+    "odd_strides": (rearrange, (1, 5, 7), 3, (14, 20), 5, torch.float64, "contiguous", 2.0),
 }
+# Those whose kernels every barrier is taken out of.
+WITHOUT_BARRIER = {
+    "local_attention": ("pushed_windows", "several_tiles"),
+    "dupsample": ("pixels_fastest", "classes_fastest"),
+}
+
+
+def run(ops, name):
+    function, *arguments = CALLS[name]
+    return function(ops, *arguments)
 
 
 @pytest.fixture(scope="module")
 def expected(ops):
-    return {name: local_attention(ops, *call) for name, call in CALLS.items()}
+    return {name: run(ops, name) for name in CALLS}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -78,24 +117,25 @@ def test_orders_of_threads_and_blocks_agree_bit_for_bit(ops, expected, name):
     assert not any(tensor.isnan().any() for tensor in expected[name])
     for order, reverse_blocks in itertools.product(ORDERS, (False, True)):
         with scheduled(ops, order, seed=17, reverse_blocks=reverse_blocks):
-            actual = local_attention(ops, *CALLS[name])
+            actual = run(ops, name)
         for a, b in zip(actual, expected[name], strict=True):
             assert torch.equal(a, b), (order, reverse_blocks)
 
 
-@pytest.mark.parametrize("line", BARRIERS)
-def test_no_barrier_can_be_taken_out(ops, expected, line):
+@pytest.mark.parametrize(("source", "line"), BARRIERS)
+def test_no_barrier_can_be_taken_out(ops, expected, source, line):
     """Each __syncthreads() of the kernels in turn: without it, some order of threads gives another result or NaN."""
-    for name, order in itertools.product(("pushed_windows", "several_tiles"), ORDERS):
+    for name, order in itertools.product(WITHOUT_BARRIER[source], ORDERS):
         with scheduled(ops, order, seed=3, without_barrier=line):
-            actual = local_attention(ops, *CALLS[name])
+            actual = run(ops, name)
         if not all(torch.equal(a, b) for a, b in zip(actual, expected[name], strict=True)):
             return
-    pytest.fail(f"{SOURCE.name}:{line} is not needed, or its lack is not seen")
+    pytest.fail(f"{source}.cu:{line} is not needed, or its lack is not seen")
 
 
 def test_the_kernels_have_barriers():
-    assert len(BARRIERS) >= 5
+    assert {source for source, _ in BARRIERS} == set(WITHOUT_BARRIER)
+    assert len(BARRIERS) >= 8
 
 
 @pytest.mark.parametrize(

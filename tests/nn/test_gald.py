@@ -10,6 +10,8 @@ from torch import Tensor, nn
 import segops
 from segops.nn import GALDHead, LocalDistributionV2
 
+from .twins import assert_same_outputs_and_gradients, conv_bn
+
 WINDOW = {"kernel_size": 3, "dilation": 2}
 
 
@@ -49,21 +51,15 @@ class TwinHead(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.reduce = self.block(10, 8, 3)
+        self.reduce = conv_bn(10, 8, 3)
         self.ga = nn.Module()
-        self.ga.stages = nn.ModuleList(self.block(8, 8, 1) for _ in range(4))
-        self.ga.bottleneck = self.block(40, 8, 3)
+        self.ga.stages = nn.ModuleList(conv_bn(8, 8, 1) for _ in range(4))
+        self.ga.bottleneck = conv_bn(40, 8, 3)
         self.ld = TwinLDv2(8, 8, 8, 8, ("concat",) * 3, size=3, dilation=2)
-        self.fuse = self.block(10 + 16, 8, 3)
-        self.laterals = nn.ModuleList([self.block(6, 4, 1)])
-        self.merges = nn.ModuleList([self.block(12, 8, 3)])
+        self.fuse = conv_bn(10 + 16, 8, 3)
+        self.laterals = nn.ModuleList([conv_bn(6, 4, 1)])
+        self.merges = nn.ModuleList([conv_bn(12, 8, 3)])
         self.classifier = nn.Conv2d(8, 5, 1)
-
-    @staticmethod
-    def block(c_in, c_out, k):
-        block = nn.Module()
-        block.conv, block.bn = nn.Conv2d(c_in, c_out, k, padding=k // 2, bias=False), nn.BatchNorm2d(c_out)
-        return block
 
     def forward(self, features):
         def up(x, like):
@@ -91,25 +87,6 @@ def head_of(in_channels=(6, 10), num_classes=5, **kwargs) -> GALDHead:
 def features_of(batch=2, sizes=((13, 18), (7, 9)), channels=(6, 10), dtype=torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(batch, c, *s, generator=generator, dtype=dtype) for c, s in zip(channels, sizes, strict=True)]
-
-
-def assert_same_outputs_and_gradients(module: nn.Module, twin: nn.Module, inputs: list[Tensor], call) -> None:
-    """In float64, with the same state_dict."""
-    twin.load_state_dict(module.state_dict())
-    module, twin = module.double(), twin.double()
-    results = []
-    for each in (module, twin):
-        leaves = [x.double().requires_grad_() for x in inputs]
-        out = call(each, leaves)
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
-        wanted = {**{f"input {i}": x for i, x in enumerate(leaves)}, **dict(each.named_parameters())}
-        gradients = torch.autograd.grad((out * weights).sum(), list(wanted.values()), allow_unused=True)
-        results.append({"out": out, **dict(zip(wanted, gradients, strict=True))})
-    assert results[0].keys() == results[1].keys()
-    for name, expected in results[1].items():
-        if expected is None:
-            expected = torch.zeros_like(results[0][name]) if results[0][name] is not None else None
-        torch.testing.assert_close(results[0][name], expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(

@@ -26,28 +26,28 @@ class Lane:
     slow: bool = False  # interpreted or emulated
     largest: int = 1 << 62  # elements of a sample's inputs, at most
 
-    def missing(self) -> str | None:
-        """Why the lane cannot run here."""
+    def missing(self, op: str) -> tuple[str | None, bool]:
+        """Why the lane cannot run the op here, and whether the op does without it by design."""
         if self.device == "cuda" and not torch.cuda.is_available():
-            return "no GPU"
+            return "no GPU", False
         if self.backend == "reference":
-            return None
-        if self.backend == "cuda-emulated":
-            reason = emulation.missing()
-            if reason is not None:
-                return reason
-        rows = [row for op in _dispatch.OPS.values() for row in op.backends[self.device] if row.name == self.backend]
-        reason = rows[0].available()
-        if reason is None and self.isa is not None and _best_isa() < _native.CPU_ISAS.index(self.isa):
-            return f"this machine has no {self.isa}"
-        return reason
+            return None, False
+        if self.backend == emulation.NAME and emulation.missing() is not None:
+            return emulation.missing(), False
+        for name in (op, f"{op}_backward"):
+            for row in _dispatch.OPS[name].backends[self.device] if name in _dispatch.OPS else ():
+                if row.name == self.backend and row.available() is not None:
+                    return row.available(), row.run is None
+        if self.isa is not None and _best_isa() < _native.CPU_ISAS.index(self.isa):
+            return f"this machine has no {self.isa}", False
+        return None, False
 
-    def skip_if_missing(self) -> None:
+    def skip_if_missing(self, op: str) -> None:
         """A skip with its reason, or a failure where SEGOPS_REQUIRE names the lane."""
-        reason = self.missing()
+        reason, by_design = self.missing(op)
         if reason is not None:
             required = os.environ.get("SEGOPS_REQUIRE", "").split(",")
-            if {self.name, self.backend} & set(required):
+            if {self.name, self.backend} & set(required) and not by_design:
                 pytest.fail(f"{self.name} is required (SEGOPS_REQUIRE) and cannot run: {reason}")
             pytest.skip(reason)
 

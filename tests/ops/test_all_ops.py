@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,44 +11,124 @@ import torch
 
 import segops
 from segops import _dispatch
-from segops.testing import assert_close
+from segops.reference._sample import Labels
+from segops.testing import TOLERANCES, assert_close
 
-from .lanes import DTYPES, every_dtype, every_lane, outputs_of
+from .lanes import DTYPES, every_lane, outputs_of
 
 OPS = sorted(name for name in _dispatch.OPS if not name.endswith("_backward"))
 FUNCTIONS = {name: getattr(importlib.import_module(f"segops.ops.{name}"), name) for name in OPS}
-SAMPLES = [
-    pytest.param(name, sample, id=f"{name}-{sample.name}")
-    for name in OPS
-    for sample in importlib.import_module(f"segops.reference.{name}").sample_inputs()
-]
-TINY = [param for param in SAMPLES if param.values[1].tiny]
-FIRST = [
-    next(param for param in TINY if param.values[0] == name and param.values[1].name != "one_pixel") for name in OPS
-]
 
-every_sample = pytest.mark.parametrize(("name", "sample"), SAMPLES)
-every_tiny_sample = pytest.mark.parametrize(("name", "sample"), TINY)
-first_sample = pytest.mark.parametrize(("name", "sample"), FIRST)
+
+def differentiable(sample):
+    return tuple(sample.shapes) if sample.differentiable is None else sample.differentiable
+
+
+def floats(sample):
+    return any(not isinstance(spec, Labels) for spec in sample.shapes.values())
+
+
+def dtypes_of(sample, dtypes=DTYPES):
+    return dtypes if floats(sample) else [torch.float32]
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def cases(pairs, dtypes=DTYPES):
+    """Every sample in every dtype, and label maps without floats once."""
+    return pytest.mark.parametrize(
+        ("name", "sample", "dtype"),
+        [
+            pytest.param(name, sample, dtype, id=f"{name}-{sample.name}-{short(dtype)}")
+            for name, sample in pairs
+            for dtype in dtypes_of(sample, dtypes)
+        ],
+    )
+
+
+def samples(pairs):
+    ids = [f"{name}-{sample.name}" for name, sample in pairs]
+    return pytest.mark.parametrize(("name", "sample"), pairs, ids=ids)
+
+
+SAMPLES = [
+    (name, sample) for name in OPS for sample in importlib.import_module(f"segops.reference.{name}").sample_inputs()
+]
+TINY = [(name, sample) for name, sample in SAMPLES if sample.tiny]
+FIRST = [next(pair for pair in TINY if pair[0] == name and pair[1].name != "one_pixel") for name in OPS]
+WITH_GRADIENT = [(name, sample) for name, sample in TINY if differentiable(sample)]
+
+
+def apply(function, tensors):
+    """To every tensor, those in lists too."""
+    return {key: [function(y) for y in x] if isinstance(x, list) else function(x) for key, x in tensors.items()}
+
+
+def as_float(dtype):
+    return lambda x: x.to(dtype) if x.is_floating_point() else x
+
+
+def leaves(sample, tensors):
+    """The tensors anew, of which the differentiable ones require a gradient, and these."""
+    inputs = apply(torch.Tensor.detach, tensors)
+    wanted = [key for key in differentiable(sample) if key in inputs]
+    for key in wanted:
+        inputs[key].requires_grad_()
+    return inputs, wanted
 
 
 def run(name, sample, tensors, *, weights=None):
     """Outputs, and the gradients of their weighted sum, by name."""
-    inputs = {key: tensor.detach().requires_grad_() for key, tensor in tensors.items()}
+    inputs, wanted = leaves(sample, tensors)
     outputs = outputs_of(FUNCTIONS[name](**inputs, **sample.kwargs))
+    values = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    if not wanted:
+        assert not any(out.requires_grad for out in outputs)
+        return values
     if weights is None:
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
     cotangents = [w.to(out.device, out.dtype) for w, out in zip(weights, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
-    return {f"output {i}": out.detach() for i, out in enumerate(outputs)} | {
-        f"gradient of {key}": gradient for key, gradient in zip(inputs, gradients, strict=True)
-    }
+    gradients = torch.autograd.grad(outputs, [inputs[key] for key in wanted], cotangents)
+    return values | {f"gradient of {key}": gradient for key, gradient in zip(wanted, gradients, strict=True)}
+
+
+def scores_of_dupsample(sample, tensors):
+    kwargs = {key: value for key, value in sample.kwargs.items() if key != "return_confidence"}
+    return segops.dupsample(**tensors, **kwargs)
+
+
+def scores_of_upsample(sample, tensors):
+    logits, corners = tensors["logits"], sample.kwargs.get("align_corners", False)
+    maps = logits if isinstance(logits, list) else [logits]
+    size = sample.kwargs.get("size") or [int(x * sample.kwargs["scale_factor"]) for x in maps[0].shape[2:]]
+    maps = [torch.nn.functional.interpolate(z, size, mode="bilinear", align_corners=corners) for z in maps]
+    return maps[0] if len(maps) == 1 else torch.stack([z.softmax(1) for z in maps]).mean(0)
+
+
+SCORES = {"dupsample_argmax": scores_of_dupsample, "upsample_argmax": scores_of_upsample}
+
+
+def assert_labels(key, labels, oracle, scores, dtype):
+    """The oracle's labels, but where the dtype's tolerance cannot tell its score of the two classes apart."""
+    assert labels.dtype == oracle.dtype
+    wrong = labels.cpu() != oracle
+    if wrong.any():
+        assert scores is not None, f"{key}: {int(wrong.sum())} of {wrong.numel()} differ"
+        assert int(labels.max()) < scores.shape[1], f"{key}: no such class as {int(labels.max())}"
+        best = scores.amax(1)
+        lost = best - scores.gather(1, labels.cpu().long().unsqueeze(1)).squeeze(1)
+        tolerance = TOLERANCES[dtype]
+        excess = (lost - tolerance.atol - tolerance.rtol * best.abs())[wrong]
+        assert (excess <= 0).all(), f"{key}: {int((excess > 0).sum())} of {wrong.numel()} differ"
 
 
 def check(lane, name, sample, tensors, dtype):
     """Against the reference in float64 on the same numbers, with eager PyTorch's own error as the yardstick."""
-    host = {key: tensor.cpu() for key, tensor in tensors.items()}
+    host = apply(torch.Tensor.cpu, tensors)
+    double = apply(as_float(torch.float64), host)
     with segops.use_backend("reference"):
         eager = run(name, sample, host)
         # The weights of the sum are what the tested dtype can hold, so that both sides differentiate the same sum.
@@ -57,42 +138,54 @@ def check(lane, name, sample, tensors, dtype):
             for key, out in eager.items()
             if key.startswith("output")
         ]
-        oracle = run(name, sample, {key: tensor.double() for key, tensor in host.items()}, weights=weights)
+        oracle = run(name, sample, double, weights=weights)
+        scores = SCORES[name](sample, double) if name in SCORES else None
     with lane.active(), segops.record() as log:
         actual = run(name, sample, tensors, weights=weights)
     assert {call.backend for call in log} == {lane.backend}, log
     for key, value in actual.items():
-        assert_close(key, value, oracle[key], eager[key] if dtype != torch.float64 else None)
+        if value.is_floating_point():
+            assert_close(key, value, oracle[key], eager[key] if dtype != torch.float64 else None)
+        else:
+            assert_labels(key, value, oracle[key], scores, dtype)
+
+
+def size_of(tensors):
+    return sum(x.numel() for value in tensors.values() for x in (value if isinstance(value, list) else [value]))
 
 
 @every_lane
-@every_dtype
-@every_sample
+@cases(SAMPLES)
 def test_forward_and_gradients(lane, dtype, name, sample):
     if lane.slow and not sample.tiny and dtype != torch.float32:
         pytest.skip("interpreted and emulated lanes take the larger samples in float32 only: they are slow")
     tensors = sample.tensors(dtype, lane.device)
-    if sum(x.numel() for x in tensors.values()) > lane.largest:
+    if size_of(tensors) > lane.largest:
         pytest.skip(f"{lane.name} takes samples of up to {lane.largest} elements: it is slow")
     check(lane, name, sample, tensors, dtype)
 
 
 def channels_last(x):
-    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x.transpose(-1, -2).contiguous().mT
+    if x.dim() == 4:
+        return x.to(memory_format=torch.channels_last)
+    return x.transpose(-1, -2).contiguous().mT if x.dim() > 1 else x
 
 
 def sliced(x):
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype, device=x.device)
+    if x.dim() == 0:
+        return x
+    hole = torch.nan if x.is_floating_point() else 250
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), hole, dtype=x.dtype, device=x.device)
     wide[..., 1::2] = x
     return wide[..., 1::2]
 
 
 def chunk_of_channels_last(x):
-    return channels_last(torch.cat([x, x], 1)).chunk(2, 1)[1]
+    return channels_last(torch.cat([x, x], 1)).chunk(2, 1)[1] if x.dim() > 1 else x
 
 
 def expanded(x):
-    return x[:, :1].expand(x.shape)
+    return x[:, :1].expand(x.shape) if x.dim() > 1 else x
 
 
 LAYOUTS = {f.__name__: f for f in (channels_last, sliced, chunk_of_channels_last, expanded)}
@@ -100,33 +193,66 @@ LAYOUTS = {f.__name__: f for f in (channels_last, sliced, chunk_of_channels_last
 
 @every_lane
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@every_tiny_sample
+@cases(TINY, [torch.float32, torch.bfloat16])
 def test_any_strides(lane, layout, dtype, name, sample):
     if lane.slow and dtype == torch.bfloat16:
         pytest.skip("interpreted and emulated lanes take the layouts in float32 only: they are slow")
-    tensors = {key: LAYOUTS[layout](x) for key, x in sample.tensors(dtype, lane.device).items()}
-    check(lane, name, sample, tensors, dtype)
+    check(lane, name, sample, apply(LAYOUTS[layout], sample.tensors(dtype, lane.device)), dtype)
+
+
+def is_map(key, spec):
+    return isinstance(spec, (Labels, list)) or (key != "weight" and len(getattr(spec, "shape", spec)) == 4)
+
+
+def far_apart(x):
+    """The same values, in channels or rows that lie 2^31 elements apart in one untouched allocation: only the pages
+    that are read exist."""
+    x = x.to(torch.bfloat16 if x.is_floating_point() else torch.uint8)
+    stride = (2**31 + 2**10) // (x.shape[1] - 1)
+    strides = [stride if axis == 1 else s for axis, s in enumerate(x.contiguous().stride())]
+    storage = torch.empty(2**31 + 2**12, dtype=x.dtype, device=x.device)
+    return storage.as_strided(x.shape, strides).copy_(x)
 
 
 @every_lane
-@first_sample
+@samples(FIRST)
+def test_offsets_beyond_2_31(lane, name, sample):
+    torch.use_deterministic_algorithms(False)  # or the whole allocation would be filled with NaN
+    if lane.device == "cuda" and torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("less than 24 GiB of GPU memory are free")
+    tensors = sample.tensors(torch.bfloat16, lane.device)
+    check(
+        lane,
+        name,
+        sample,
+        {key: far_apart(x) if is_map(key, sample.shapes[key]) else x for key, x in tensors.items()},
+        torch.bfloat16,
+    )
+
+
+@every_lane
+@samples(FIRST)
 def test_batch_of_none(lane, name, sample):
-    tensors = {key: x[:0] for key, x in sample.tensors(torch.float32, lane.device).items()}
+    tensors = sample.tensors(torch.float32, lane.device)
+    none = {key: x[:0] if is_map(key, sample.shapes[key]) else x for key, x in tensors.items()}
     with lane.active():
-        for key, value in run(name, sample, tensors).items():
-            assert value.numel() == 0, key
+        for key, value in run(name, sample, none).items():
+            assert not value.any(), key
 
 
 @every_lane
-@every_tiny_sample
+@samples(WITH_GRADIENT)
 def test_gradcheck(lane, name, sample):
     """First and second derivatives numerically: every entry of the Jacobian on the smallest sample, else a random
     projection of it."""
-    if lane.slow and sample.name not in ("smaller_than_window", "shift"):
-        pytest.skip("interpreted and emulated lanes take two samples: gradcheck calls the op hundreds of times")
-    tensors = [x.requires_grad_() for x in sample.tensors(torch.float64, lane.device).values()]
-    function = partial(FUNCTIONS[name], **sample.kwargs)
+    if lane.slow and sample.name not in ("smaller_than_window", "shift", "cropped", "corners"):
+        pytest.skip("interpreted and emulated lanes take few samples: gradcheck calls the op hundreds of times")
+    inputs, wanted = leaves(sample, sample.tensors(torch.float64, lane.device))
+    tensors = [inputs[key] for key in wanted]
+
+    def function(*tensors):
+        return FUNCTIONS[name](**{**inputs, **dict(zip(wanted, tensors, strict=True))}, **sample.kwargs)
+
     with lane.active():
         torch.autograd.gradcheck(function, tensors, fast_mode=lane.slow or sum(x.numel() for x in tensors) > 150)
         torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
@@ -148,24 +274,48 @@ def calls_of(name, sample, tensors):
 
 
 @every_lane
-@first_sample
+@samples(FIRST)
 def test_opcheck(lane, name, sample):
     tensors = sample.tensors(torch.float64 if lane.name == "cpu-base" else torch.float32, lane.device)
+
+    def fresh(x):
+        if isinstance(x, (list, tuple)) and x and isinstance(x[0], torch.Tensor):
+            return [fresh(y) for y in x]
+        return x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x
+
     with lane.active():
         if lane.backend == "reference":
             pytest.skip("the reference is eager PyTorch, not an op")
         calls = calls_of(name, sample, tensors)
-        assert len(calls) == 2
+        assert len(calls) == (2 if f"{name}_backward" in _dispatch.OPS else 1)
         for op, args in calls:
-            args = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in args]
-            torch.library.opcheck(op, tuple(args))
+            torch.library.opcheck(op, tuple(fresh(x) for x in args))
+
+
+def resized(sample, dh, dw):
+    """The sample with maps that are dh cells higher and dw wider, and label maps that fit them."""
+    scale = sample.kwargs.get("scale_factor", 1)
+
+    def grow(key, spec):
+        if isinstance(spec, Labels):
+            n, h, w = spec.shape
+            return replace(spec, shape=(n, h + scale * dh, w + scale * dw))
+        return (*spec[:2], spec[2] + dh, spec[3] + dw) if is_map(key, spec) else spec
+
+    return replace(sample, shapes={key: grow(key, spec) for key, spec in sample.shapes.items()})
+
+
+def gradients_of_sum(outputs, inputs, wanted):
+    if not wanted:
+        return ()
+    return torch.autograd.grad([o.sum() for o in outputs], [inputs[key] for key in wanted])
 
 
 @every_lane
-@first_sample
+@samples(FIRST)
 def test_compile_fullgraph_dynamic(lane, name, sample):
     """One graph for every H and W: none is compiled after two sizes."""
-    function = FUNCTIONS[name]
+    function = partial(FUNCTIONS[name], **sample.kwargs)
     graphs = []
 
     def count(graph, inputs):
@@ -174,91 +324,92 @@ def test_compile_fullgraph_dynamic(lane, name, sample):
 
     with lane.active():
         torch._dynamo.reset()
-        counted = torch.compile(lambda *x: function(*x, **sample.kwargs), fullgraph=True, dynamic=True, backend=count)
-        compiled = torch.compile(
-            lambda *x: function(*x, **sample.kwargs), fullgraph=True, dynamic=True, backend="aot_eager"
-        )
-        for h, w in ((9, 11), (8, 13), (12, 10), (17, 9)):
-            tensors = [
-                torch.randn(*x.shape[:2], h, w, device=lane.device, requires_grad=True)
-                for x in sample.tensors(torch.float32).values()
-            ]
-            counted(*tensors)
-            expected = outputs_of(function(*tensors, **sample.kwargs))
-            actual = outputs_of(compiled(*tensors))
-            grads = [torch.autograd.grad([o.sum() for o in outputs], tensors) for outputs in (actual, expected)]
+        counted = torch.compile(lambda **x: function(**x), fullgraph=True, dynamic=True, backend=count)
+        compiled = torch.compile(lambda **x: function(**x), fullgraph=True, dynamic=True, backend="aot_eager")
+        for dh, dw in ((4, 4), (3, 6), (7, 3), (12, 2)):
+            inputs, wanted = leaves(sample, resized(sample, dh, dw).tensors(torch.float32, lane.device))
+            counted(**inputs)
+            expected, actual = outputs_of(function(**inputs)), outputs_of(compiled(**inputs))
+            grads = [gradients_of_sum(outputs, inputs, wanted) for outputs in (actual, expected)]
             for a, b in zip((*actual, *grads[0]), (*expected, *grads[1]), strict=True):
-                assert torch.equal(a, b)
+                if lane.backend == "reference":  # taken apart by the compiler
+                    torch.testing.assert_close(a, b)
+                else:
+                    assert torch.equal(a, b)
     assert len(graphs) <= 2, f"{len(graphs)} graphs for four sizes"
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@first_sample
+@samples(FIRST)
 def test_compile_inductor(name, sample, backward):
     torch._dynamo.reset()
-    function = torch.compile(lambda *x: FUNCTIONS[name](*x, **sample.kwargs), fullgraph=True, dynamic=True)
-    tensors = [x.requires_grad_(backward) for x in sample.tensors(torch.float32).values()]
-    expected = outputs_of(FUNCTIONS[name](*tensors, **sample.kwargs))
-    actual = outputs_of(function(*tensors))
+    function = partial(FUNCTIONS[name], **sample.kwargs)
+    inputs, wanted = leaves(sample, sample.tensors(torch.float32))
+    if backward and not wanted:
+        pytest.skip(f"{name} has no gradient")
+    if not backward:
+        inputs = apply(torch.Tensor.detach, inputs)
+    compiled = torch.compile(lambda **x: function(**x), fullgraph=True, dynamic=True)
+    expected, actual = outputs_of(function(**inputs)), outputs_of(compiled(**inputs))
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
     if backward:
-        got, want = (torch.autograd.grad([o.sum() for o in outputs], tensors) for outputs in (actual, expected))
+        got, want = (gradients_of_sum(outputs, inputs, wanted) for outputs in (actual, expected))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
 
 
-@first_sample
+@samples(FIRST)
 def test_export(name, sample):
     class Layer(torch.nn.Module):
         def forward(self, *tensors):
-            return FUNCTIONS[name](*tensors, **sample.kwargs)
+            return FUNCTIONS[name](**dict(zip(sample.shapes, tensors, strict=True)), **sample.kwargs)
 
-    tensors = tuple(sample.tensors(torch.float32).values())
-    h, w = (torch.export.Dim(axis, min=2, max=4096) for axis in "hw")
-    shapes = (tuple({2: h, 3: w} for _ in tensors),)
-    program = torch.export.export(Layer(), tensors, dynamic_shapes=shapes)
-    larger = [torch.randn(*x.shape[:2], x.shape[2] + 5, x.shape[3] + 3) for x in tensors]
+    auto = torch.export.Dim.AUTO
+    tensors = sample.tensors(torch.float32)
+    shapes = tuple(
+        {x.dim() - 2: auto, x.dim() - 1: auto} if is_map(key, sample.shapes[key]) else {} for key, x in tensors.items()
+    )
+    program = torch.export.export(Layer(), tuple(tensors.values()), dynamic_shapes=(shapes,))
+    larger = resized(sample, 5, 3).tensors(torch.float32).values()
     for a, b in zip(outputs_of(program.module()(*larger)), outputs_of(Layer()(*larger)), strict=True):
         assert torch.equal(a, b)
 
 
 @every_lane
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@first_sample
+@cases([pair for pair in FIRST if floats(pair[1])], [torch.bfloat16, torch.float16])
 def test_autocast(lane, dtype, name, sample):
-    """The user's autocast dtype reaches the op, also from inputs of mixed dtypes; float64 stays float64."""
+    """The user's autocast dtype reaches the arguments that the op lowers, also from inputs of mixed dtypes; float64
+    stays float64."""
+    function = partial(FUNCTIONS[name], **sample.kwargs)
+    cast = _dispatch.OPS[name].autocast
     tensors = sample.tensors(torch.float32, lane.device)
-    mixed = {key: x.to(dtype) if i else x for i, (key, x) in enumerate(tensors.items())}
+    lowered = {key: x.to(dtype) if key in cast else x for key, x in tensors.items()}
+    mixed = {key: lowered[key] if i else x for i, (key, x) in enumerate(tensors.items())}
+    inputs, wanted = leaves(sample, tensors)
     with lane.active():
-        expected = outputs_of(FUNCTIONS[name](**{k: x.to(dtype) for k, x in tensors.items()}, **sample.kwargs))
+        expected = outputs_of(function(**lowered))
         with torch.autocast(lane.device, dtype=dtype):
-            actual = outputs_of(FUNCTIONS[name](**mixed, **sample.kwargs))
-            double = outputs_of(FUNCTIONS[name](**{k: x.double() for k, x in tensors.items()}, **sample.kwargs))
-        gradients = run_autocast(name, sample, tensors, lane.device, dtype)
+            actual = outputs_of(function(**mixed))
+            double = outputs_of(function(**apply(as_float(torch.float64), tensors)))
+            outputs = [out.float().sum() for out in outputs_of(function(**inputs))]
+        gradients = torch.autograd.grad(outputs, [inputs[key] for key in wanted]) if wanted else ()
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
-    assert double[0].dtype == torch.float64
+    assert all(out.dtype == torch.float64 for out in double if out.is_floating_point())
     assert all(g.dtype == torch.float32 for g in gradients)
 
 
-def run_autocast(name, sample, tensors, device, dtype):
-    inputs = [x.detach().requires_grad_() for x in tensors.values()]
-    with torch.autocast(device, dtype=dtype):
-        outputs = outputs_of(FUNCTIONS[name](*inputs, **sample.kwargs))
-    return torch.autograd.grad([o.float().sum() for o in outputs], inputs)
-
-
 @every_lane
-@every_dtype
-@first_sample
+@cases(FIRST)
 def test_same_bits_on_every_run_and_any_thread_count(lane, dtype, name, sample):
+    """But eager PyTorch splits its work by the number of threads."""
     tensors = sample.tensors(dtype, lane.device)
     threads = torch.get_num_threads()
     with lane.active():
         first = run(name, sample, tensors)
-        for count in (1, 3, threads):
+        for count in (threads,) if lane.backend == "reference" else (1, 3, threads):
             torch.set_num_threads(count)
             try:
                 again = run(name, sample, tensors)
@@ -271,5 +422,5 @@ def test_same_bits_on_every_run_and_any_thread_count(lane, dtype, name, sample):
 def test_battery_covers_the_table():
     assert OPS, "the op table is empty"
     for name in OPS:
-        assert any(param.values[0] == name for param in TINY), f"{name} has no tiny sample"
+        assert any(pair[0] == name for pair in TINY), f"{name} has no tiny sample"
     assert set(DTYPES) == {torch.float64, torch.float32, torch.bfloat16, torch.float16}

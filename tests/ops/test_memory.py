@@ -1,0 +1,32 @@
+"""The fused tails never hold full-resolution logits: peak memory of a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import memory
+from .lanes import Lane
+
+ROOT = Path(__file__).parents[2]
+THREADS = 2
+
+
+@pytest.mark.parametrize(
+    "name", ["dupsample_cross_entropy", "dupsample_argmax", "upsample_cross_entropy", "upsample_argmax"]
+)
+def test_peak_memory(name):
+    """Forward and backward: outputs, 16 MiB and one weight gradient per thread. The logits would be 1.2 GB."""
+    Lane("cpu", "cpu").skip_if_missing(name)
+    if not memory.CLEAR.exists():
+        pytest.skip(f"{memory.CLEAR} is missing: the high-water mark cannot be reset")
+    command = [sys.executable, "-m", "tests.ops.memory", name, str(THREADS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    allowed = seen["outputs"] + (16 << 20) + THREADS * seen["weight"]
+    assert seen["taken"] <= allowed, f"{seen['taken'] >> 20} MiB, allowed {allowed >> 20} MiB"
