@@ -185,7 +185,7 @@ def _mean(
         offsets += (at,)
         downs += (down,)
         acrosses += (across,)
-        shifts += (top + log2(total, ACC),)
+        shifts += (top + log2(total),)
 
     best = tl.full([BLOCK], -1.0, ACC)
     label = tl.zeros([BLOCK], tl.int32)

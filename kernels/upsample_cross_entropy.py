@@ -162,7 +162,7 @@ def _forward(
             a += rows[r] * (tl.load(at + offsets[2]).to(ACC) - a)
             b += rows[r] * (tl.load(at + offsets[3]).to(ACC) - b)
             z = a + columns[d] * (b - a)
-            log_total = (top[r * PX + d] + log2(total[r * PX + d], ACC)) * LN2
+            log_total = (top[r * PX + d] + log2(total[r * PX + d])) * LN2
             w = tl.where(valid, 1.0, 0.0).to(ACC)
             if class_weight is not None:
                 w = tl.load(class_weight + label, mask=valid, other=0.0)
