@@ -37,17 +37,17 @@ def unbind(tile):
     """Columns of a tile [B, C], C a power of two up to 16, as a tuple of vectors."""
     parts = (tile,)
     for level in tl.static_range(4):
-        if tile.shape[1] > 1 << level:
+        if 1 << level < tile.shape[1]:
             even = ()
             odd = ()
             for i in tl.static_range(1 << level):
                 a, b = tl.split(tl.reshape(parts[i], [tile.shape[0], tile.shape[1] // (2 << level), 2]))
-                even = even + (a,)  # noqa: RUF005
-                odd = odd + (b,)  # noqa: RUF005
+                even += (a,)
+                odd += (b,)
             parts = even + odd
     columns = ()
     for i in tl.static_range(tile.shape[1]):
-        columns = columns + (tl.reshape(parts[i], [tile.shape[0]]),)  # noqa: RUF005
+        columns += (tl.reshape(parts[i], [tile.shape[0]]),)
     return columns
 
 
@@ -57,13 +57,13 @@ def bind(columns, COUNT: tl.constexpr, C: tl.constexpr):
     B: tl.constexpr = columns[0].shape[0]
     parts = ()
     for i in tl.static_range(C):
-        parts = parts + (tl.reshape(columns[i if i < COUNT else COUNT - 1], [B, 1]),)  # noqa: RUF005
+        parts += (tl.reshape(columns[i if i < COUNT else COUNT - 1], [B, 1]),)
     for level in tl.static_range(4):
-        if C > 1 << level:
+        if 1 << level < C:
             joined = ()
             for i in tl.static_range(C >> (level + 1)):
                 pair = tl.join(parts[i], parts[i + (C >> (level + 1))])
-                joined = joined + (tl.reshape(pair, [B, 2 << level]),)  # noqa: RUF005
+                joined += (tl.reshape(pair, [B, 2 << level]),)
             parts = joined
     return parts[0]
 
@@ -104,19 +104,18 @@ def weights_along(
     weights = ()
     for d in tl.static_range(COUNT):
         if FACTOR == COUNT:
-            weights = weights + ((2 * (FACTOR // 2 + d) + 1 - FACTOR) / (2 * FACTOR),)  # noqa: RUF005
+            weights += ((2 * (FACTOR // 2 + d) + 1 - FACTOR) / (2 * FACTOR),)
         else:
-            weights = weights + (weight(x + d, i, size, full, CORNERS, ACC),)  # noqa: RUF005
+            weights += (weight(x + d, i, size, full, CORNERS, ACC),)
     return weights
 
 
 @triton.jit
 def source_cell(x, size, full, CORNERS: tl.constexpr, ACC: tl.constexpr):
     """The cell of output position x, never an outer one, and the weight of its second pixel."""
+    i = tl.maximum((2 * x + 1) * size - full, 0) // (2 * full)
     if CORNERS:
         i = x * (size - 1) // tl.maximum(full - 1, 1)
-    else:
-        i = tl.maximum((2 * x + 1) * size - full, 0) // (2 * full)
     return i, weight(x, i, size, full, CORNERS, ACC)
 
 
@@ -174,11 +173,11 @@ def load_classes(
         pointers = plane + (offset[:, None] + (c.to(offset.dtype) * stride)[None, :])
         columns = unbind(tl.load(pointers, mask=(c < CLASSES)[None, :], other=0.0))
         for n in tl.static_range(COUNT):
-            values = values + (columns[n].to(ACC),)  # noqa: RUF005
+            values += (columns[n].to(ACC),)
     else:
         for n in tl.static_range(COUNT):
             c = tl.minimum(first + n, CLASSES - 1).to(offset.dtype)
-            values = values + (tl.load(plane + c * stride + offset).to(ACC),)  # noqa: RUF005
+            values += (tl.load(plane + c * stride + offset).to(ACC),)
     return values
 
 
@@ -195,8 +194,8 @@ def load_corners(
     down_left = ()
     down_right = ()
     for n in tl.static_range(COUNT):
-        down_left = down_left + (bottom_left[n] - top_left[n],)  # noqa: RUF005
-        down_right = down_right + (bottom_right[n] - top_right[n],)  # noqa: RUF005
+        down_left += (bottom_left[n] - top_left[n],)
+        down_right += (bottom_right[n] - top_right[n],)
     return top_left, top_right, down_left, down_right
 
 
@@ -211,7 +210,7 @@ def pixel_masks(
         mask = row & (at >= 0) & (at < full)
         if FACTOR != PX:
             mask &= at < end
-        masks = masks + (mask,)  # noqa: RUF005
+        masks += (mask,)
     return masks
 
 
@@ -230,7 +229,7 @@ def load_pixels(plane, strides, y, x, masks, PX: tl.constexpr, ALIGN: tl.constex
     for d in tl.static_range(0, PX, COUNT):
         if COUNT == 1:
             pointers = plane + (y * strides[1] + (x + d) * strides[2])
-            values = values + (tl.load(pointers, mask=masks[d], other=0),)  # noqa: RUF005
+            values += (tl.load(pointers, mask=masks[d], other=0),)
         else:
             pointers = _pixel_pointers(plane, strides, y, x + d, COUNT)
             values = values + unbind(tl.load(pointers, mask=masks[d][:, None], other=0))
@@ -249,7 +248,7 @@ def store_pixels(plane, strides, y, x, values, masks, PX: tl.constexpr, ALIGN: t
         else:
             chunk = ()
             for n in tl.static_range(COUNT):
-                chunk = chunk + (values[d + n].to(plane.dtype.element_ty),)  # noqa: RUF005
+                chunk += (values[d + n].to(plane.dtype.element_ty),)
             pointers = _pixel_pointers(plane, strides, y, x + d, COUNT)
             tl.store(pointers, bind(chunk, COUNT, COUNT), mask=masks[d][:, None])
 
@@ -264,11 +263,13 @@ def valid_label(label, mask, ignore_index, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def load_labels(plane, strides, y, x, masks, ignore_index, CLASSES: tl.constexpr, PX: tl.constexpr, ALIGN: tl.constexpr):
+def load_labels(
+    plane, strides, y, x, masks, ignore_index, CLASSES: tl.constexpr, PX: tl.constexpr, ALIGN: tl.constexpr
+):
     raw = load_pixels(plane, strides, y, x, masks, PX, ALIGN)
     labels = ()
     for d in tl.static_range(PX):
-        labels = labels + (valid_label(raw[d], masks[d], ignore_index, CLASSES),)  # noqa: RUF005
+        labels += (valid_label(raw[d], masks[d], ignore_index, CLASSES),)
     return labels
 
 
@@ -293,8 +294,10 @@ def geometry(size: Sequence[int], full: Sequence[int], align_corners: bool) -> d
     }
 
 
-def lane_pixels(size: Sequence[int], full: Sequence[int], align_corners: bool) -> tuple[tuple[int, int], dict[str, int]]:
-    """Parts per cell along y and x, and the output pixels of a lane, PY x PX of up to 20.
+def lane_pixels(
+    size: Sequence[int], full: Sequence[int], align_corners: bool
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Parts per cell along y and x, and the output pixels of a lane, PY x PX of up to 16.
 
     Along x a part of its own for a rare pixel too many would not stay empty for 32 lanes in a row; along y it does.
     """
@@ -302,7 +305,7 @@ def lane_pixels(size: Sequence[int], full: Sequence[int], align_corners: bool) -
     parts_x = triton.cdiv(columns, 9)
     px = triton.cdiv(columns, parts_x)
     py = 1
-    while 2 * py * px <= 20 and 2 * py * size[0] <= full[0]:
+    while 2 * py * px <= 16 and 2 * py * size[0] <= full[0]:
         py *= 2
     return (triton.cdiv(rows, py), parts_x), {"PY": py, "PX": px}
 
@@ -323,6 +326,11 @@ def class_alignment(*tensors: Tensor) -> int:
 def classes_together(x: Tensor) -> bool:
     """Whether a pixel's classes, and not a row's pixels, lie side by side."""
     return x.stride(1) == 1 and x.stride(3) != 1
+
+
+def class_block(classes: int, tiled: bool) -> int:
+    """Classes that a lane takes at a time, forward: a power of two where they are read as a tile."""
+    return triton.cdiv(classes, 2) if 16 < classes <= 20 and not tiled else 8
 
 
 def is_wide(size: Sequence[int], full: Sequence[int], *tensors: Tensor | None) -> bool:

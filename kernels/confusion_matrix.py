@@ -41,14 +41,14 @@ def _count(
         x = x.to(tl.int64)
     masks = ()
     for d in tl.static_range(RUN):
-        masks = masks + ((y < height) & (x + d // ALIGN * ALIGN < width),)  # noqa: RUF005
+        masks += ((y < height) & (x + d // ALIGN * ALIGN < width),)
     target += image * target_strides[0]
     prediction += image * prediction_strides[0]
     rows = load_labels(target, target_strides, y, x, masks, ignore_index, CLASSES, RUN, ALIGN)
     columns = load_labels(prediction, prediction_strides, y, x, masks, -1, CLASSES, RUN, ALIGN)
     bins = ()
     for d in tl.static_range(RUN):
-        bins = bins + (tl.where((rows[d] >= 0) & (columns[d] >= 0), rows[d] * CLASSES + columns[d], -1),)  # noqa: RUF005
+        bins += (tl.where((rows[d] >= 0) & (columns[d] >= 0), rows[d] * CLASSES + columns[d], -1),)
     counts += (program % copies).to(tl.int64) * (CLASSES * CLASSES)
     current = bins[0]
     length = tl.full([BLOCK], 1, tl.int64)

@@ -31,6 +31,7 @@ from ._bilinear import (
     store_pixels,
     weights_along,
 )
+from ._dupsample import log2
 from ._launch import Launch
 
 __all__ = ["aot_cases", "forward"]
@@ -52,8 +53,8 @@ def _absorb(
         across = ()
         for n in tl.static_range(COUNT):
             a = values[0][n] + rows[r] * values[2][n]
-            left = left + (a,)  # noqa: RUF005
-            across = across + (values[1][n] + rows[r] * values[3][n] - a,)  # noqa: RUF005
+            left += (a,)
+            across += (values[1][n] + rows[r] * values[3][n] - a,)
         for d in tl.static_range(PX):
             highest = best[r * PX + d]
             at = label[r * PX + d]
@@ -62,14 +63,14 @@ def _absorb(
                 value = left[n] + columns[d] * across[n]
                 at = tl.where(value > highest, first + n, at)
                 highest = tl.maximum(highest, value)
-                z = z + (value,)  # noqa: RUF005
+                z += (value,)
             if CONFIDENCE:
                 sum_ = total[r * PX + d] * tl.exp2((best[r * PX + d] - highest) * LOG2E)
                 for n in tl.static_range(COUNT):
                     sum_ += tl.exp2((z[n] - highest) * LOG2E)
-                new_total = new_total + (sum_,)  # noqa: RUF005
-            new_best = new_best + (highest,)  # noqa: RUF005
-            new_label = new_label + (at,)  # noqa: RUF005
+                new_total += (sum_,)
+            new_best += (highest,)
+            new_label += (at,)
     return new_best, new_label, new_total
 
 
@@ -90,10 +91,10 @@ def _one(
     label = ()
     total = ()
     for _ in tl.static_range(PY * PX):
-        best = best + (tl.full([BLOCK], -float("inf"), ACC),)  # noqa: RUF005
-        label = label + (tl.zeros([BLOCK], tl.int32),)  # noqa: RUF005
+        best += (tl.full([BLOCK], -float("inf"), ACC),)
+        label += (tl.zeros([BLOCK], tl.int32),)
         if CONFIDENCE:
-            total = total + (tl.zeros([BLOCK], ACC),)  # noqa: RUF005
+            total += (tl.zeros([BLOCK], ACC),)
     rows = weights_along(y, i, size[0], full[0], PY, FACTOR_Y, CORNERS, ACC)
     columns = weights_along(x, j, size[1], full[1], PX, FACTOR_X, CORNERS, ACC)
     plane = logits + tl.multiple_of(image * logits_strides[0], ALIGN)
@@ -115,9 +116,9 @@ def _one(
         row_label = ()
         row_confidence = ()
         for d in tl.static_range(PX):
-            row_label = row_label + (label[r * PX + d],)  # noqa: RUF005
+            row_label += (label[r * PX + d],)
             if CONFIDENCE:
-                row_confidence = row_confidence + (1.0 / total[r * PX + d],)  # noqa: RUF005
+                row_confidence += (1.0 / total[r * PX + d],)
         masks = pixel_masks(x, alive & (y + r >= 0) & (y + r < y_end), x_end, full[1], PX, FACTOR_X, PIXEL_ALIGN)
         at = labels + image * labels_strides[0]
         store_pixels(at, labels_strides, y + r, x, row_label, masks, PX, PIXEL_ALIGN)
@@ -138,7 +139,7 @@ def _blend(
         left = values[0][n] + down * values[2][n]
         right = values[1][n] + down * values[3][n]
         blend = (left + across * (right - left)) * LOG2E
-        z = z + (tl.where(first + n < CLASSES, blend, -float("inf")),)  # noqa: RUF005
+        z += (tl.where(first + n < CLASSES, blend, -float("inf")),)
     return z
 
 
@@ -180,18 +181,18 @@ def _mean(
             total *= tl.exp2(before - top)
             for n in tl.static_range(CLASS_BLOCK):
                 total += tl.exp2(z[n] - top)
-        planes = planes + (plane,)  # noqa: RUF005
-        offsets = offsets + (at,)  # noqa: RUF005
-        downs = downs + (down,)  # noqa: RUF005
-        acrosses = acrosses + (across,)  # noqa: RUF005
-        shifts = shifts + (top + tl.log2(total),)  # noqa: RUF005
+        planes += (plane,)
+        offsets += (at,)
+        downs += (down,)
+        acrosses += (across,)
+        shifts += (top + log2(total),)
 
     best = tl.full([BLOCK], -1.0, ACC)
     label = tl.zeros([BLOCK], tl.int32)
     for first in range(0, CLASSES, CLASS_BLOCK):
         sums = ()
         for _ in tl.static_range(CLASS_BLOCK):
-            sums = sums + (tl.zeros([BLOCK], ACC),)  # noqa: RUF005
+            sums += (tl.zeros([BLOCK], ACC),)
         for m in tl.static_range(MAPS):
             z = _blend(
                 planes[m], offsets[m], logits_strides[m][1], first, downs[m], acrosses[m],
@@ -199,7 +200,7 @@ def _mean(
             )  # fmt: skip
             more = ()
             for n in tl.static_range(CLASS_BLOCK):
-                more = more + (sums[n] + tl.exp2(z[n] - shifts[m]),)  # noqa: RUF005
+                more += (sums[n] + tl.exp2(z[n] - shifts[m]),)
             sums = more
         for n in tl.static_range(CLASS_BLOCK):
             better = (sums[n] > best) & (first + n < CLASSES)
@@ -240,7 +241,7 @@ def _plan_one(labels: Tensor, confidence: Tensor | None, logits: Sequence[Tensor
         "parts": parts,
         "blocks": blocks,
         "CLASSES": classes,
-        "CLASS_BLOCK": 8,
+        "CLASS_BLOCK": bilinear.class_block(classes, tiled),
         "TILED": tiled,
         "ALIGN": bilinear.class_alignment(x),
         "PIXEL_ALIGN": bilinear.pixel_alignment(config["PX"], geometry["FACTOR_X"], *maps),
@@ -257,8 +258,9 @@ def _plan_mean(labels: Tensor, confidence: Tensor | None, logits: Sequence[Tenso
     class_block, num_warps = 8, 4
     blocks = triton.cdiv(height * width, 32 * num_warps)
     sizes = tuple(tuple(x.shape[2:]) for x in logits)
-    wide = any(bilinear.is_wide(size, (height, width), x, labels, confidence)
-        for x, size in zip(logits, sizes, strict=True))
+    wide = any(
+        bilinear.is_wide(size, (height, width), x, labels, confidence) for x, size in zip(logits, sizes, strict=True)
+    )
     args: dict[str, Any] = {
         "labels": labels,
         "confidence": confidence,
@@ -283,12 +285,18 @@ def _plan_mean(labels: Tensor, confidence: Tensor | None, logits: Sequence[Tenso
 
 def aot_cases() -> list[tuple[str, Launch]]:
     """The shipped configurations, named upsample_argmax/kernel/dtype/layout/factor/corner convention."""
-    settings = [("one", dtype, layout, factor, False)
-        for dtype in ("bf16", "fp32") for layout in ("nchw", "channels_last") for factor in (4, 8)]
+    settings = [
+        ("one", dtype, layout, factor, False)
+        for dtype in ("bf16", "fp32")
+        for layout in ("nchw", "channels_last")
+        for factor in (4, 8)
+    ]
     settings += [("one", "bf16", layout, factor, True) for layout in ("nchw", "channels_last") for factor in (4, 8)]
     settings += [("one", dtype, "nchw", 4, False) for dtype in ("fp16", "fp64")]
     settings += [("confidence", "bf16", layout, 4, False) for layout in ("nchw", "channels_last")]
-    settings += [("mean", dtype, layout, 4, False) for dtype in ("bf16", "fp32") for layout in ("nchw", "channels_last")]
+    settings += [
+        ("mean", dtype, layout, 4, False) for dtype in ("bf16", "fp32") for layout in ("nchw", "channels_last")
+    ]
     cases = []
     for kernel, dtype, layout, factor, corners in settings:
         logits, full = bilinear.aot_logits(dtype, layout, factor)

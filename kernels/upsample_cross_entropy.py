@@ -43,6 +43,7 @@ from ._bilinear import (
     weight,
     weights_along,
 )
+from ._dupsample import log2
 from ._launch import Launch
 
 __all__ = ["aot_cases", "backward", "forward"]
@@ -79,21 +80,21 @@ def _absorb(
         across = ()
         for n in tl.static_range(COUNT):
             a = values[0][n] + rows[r] * values[2][n]
-            left = left + (a,)  # noqa: RUF005
-            across = across + (values[1][n] + rows[r] * values[3][n] - a,)  # noqa: RUF005
+            left += (a,)
+            across += (values[1][n] + rows[r] * values[3][n] - a,)
         for d in tl.static_range(PX):
             z = ()
             highest = left[0] + columns[d] * across[0]
             for n in tl.static_range(COUNT):
-                z = z + (left[n] + columns[d] * across[n],)  # noqa: RUF005
+                z += (left[n] + columns[d] * across[n],)
                 highest = tl.maximum(highest, z[n])
             before = top[r * PX + d]
             after = tl.maximum(before, highest * LOG2E)
             sum_ = total[r * PX + d] * tl.exp2(before - after)
             for n in tl.static_range(COUNT):
                 sum_ += tl.exp2(z[n] * LOG2E - after)
-            new_top = new_top + (after,)  # noqa: RUF005
-            new_total = new_total + (sum_,)  # noqa: RUF005
+            new_top += (after,)
+            new_total += (sum_,)
     return new_top, new_total, blends
 
 
@@ -116,8 +117,8 @@ def _forward(
     top = ()
     total = ()
     for _ in tl.static_range(PY * PX):
-        top = top + (tl.full([BLOCK], LOWEST, ACC),)  # noqa: RUF005
-        total = total + (tl.zeros([BLOCK], ACC),)  # noqa: RUF005
+        top += (tl.full([BLOCK], LOWEST, ACC),)
+        total += (tl.zeros([BLOCK], ACC),)
     rows = weights_along(y, i, size[0], full[0], PY, FACTOR_Y, CORNERS, ACC)
     columns = weights_along(x, j, size[1], full[1], PX, FACTOR_X, CORNERS, ACC)
     zero = tl.zeros([BLOCK], ACC)
@@ -161,7 +162,7 @@ def _forward(
             a += rows[r] * (tl.load(at + offsets[2]).to(ACC) - a)
             b += rows[r] * (tl.load(at + offsets[3]).to(ACC) - b)
             z = a + columns[d] * (b - a)
-            log_total = (top[r * PX + d] + tl.log2(total[r * PX + d])) * LN2
+            log_total = (top[r * PX + d] + log2(total[r * PX + d])) * LN2
             w = tl.where(valid, 1.0, 0.0).to(ACC)
             if class_weight is not None:
                 w = tl.load(class_weight + label, mask=valid, other=0.0)
@@ -173,8 +174,8 @@ def _forward(
                 value += tl.where(valid, SMOOTHING / CLASSES * (log_total * total_weight - z), 0.0)
             loss_sum += value
             count_sum += w
-            row_lse = row_lse + (log_total,)  # noqa: RUF005
-            row_loss = row_loss + (value,)  # noqa: RUF005
+            row_lse += (log_total,)
+            row_loss += (value,)
         store_pixels(lse, lse_strides, y + r, x, row_lse, masks, PX, PIXEL_ALIGN)
         if PER_PIXEL:
             store_pixels(loss, loss_strides, y + r, x, row_loss, masks, PX, PIXEL_ALIGN)
@@ -190,8 +191,8 @@ def _backward(
     size, full, cells, strips, blocks, ignore_index,
     CLASSES: tl.constexpr, SMOOTHING: tl.constexpr, PER_PIXEL: tl.constexpr, CORNERS: tl.constexpr,
     FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr, PARTS: tl.constexpr, PX: tl.constexpr, STRIP: tl.constexpr,
-    CLASS_BLOCK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, PIXEL_ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr,
+    CLASS_BLOCK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, PIXEL_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Source rows and columns of a strip of cells, for CLASS_BLOCK classes; the classes of a strip run side by side."""
     WEIGHTED: tl.constexpr = PER_PIXEL or class_weight is not None
@@ -232,7 +233,7 @@ def _backward(
     zero = tl.zeros([BLOCK], ACC)
     zeros = ()
     for _ in tl.static_range(CLASS_BLOCK):
-        zeros = zeros + (zero,)  # noqa: RUF005
+        zeros += (zero,)
     lower = zeros
     for k in range(STRIP + 1):
         offsets = corner_offsets(i, j, size, logits_strides, ALIGN)
@@ -268,18 +269,18 @@ def _backward(
                 for d in tl.static_range(PX):
                     valid = labels[d] >= 0
                     # A pixel without a label has probabilities of zero, and its label matches no class.
-                    log_totals = log_totals + (tl.where(valid, raw[d] * LOG2E, float("inf")),)  # noqa: RUF005
+                    log_totals += (tl.where(valid, raw[d] * LOG2E, float("inf")),)
                     hot = tl.where(valid, 1.0, 0.0).to(ACC)
                     if PER_PIXEL:
                         hot *= grads[d]
-                    smooth = smooth + (hot * (SMOOTHING / CLASSES),)  # noqa: RUF005
+                    smooth += (hot * (SMOOTHING / CLASSES),)
                     hot *= 1.0 - SMOOTHING
                     if class_weight is not None:
                         hot *= tl.load(class_weight + tl.maximum(labels[d], 0))
-                    hots = hots + (hot,)  # noqa: RUF005
-                    scales = scales + (hot + smooth[d] * total_weight,)  # noqa: RUF005
+                    hots += (hot,)
+                    scales += (hot + smooth[d] * total_weight,)
                     label = labels[d] - first.to(tl.int32)
-                    here = here + (label,)  # noqa: RUF005
+                    here += (label,)
                     near |= ((label >= 0) & (label < CLASS_BLOCK)).to(tl.int32)
                 sums, rights = _add_probabilities(
                     sums, rights, values, down, columns, log_totals, scales, CLASS_BLOCK, PX, WEIGHTED
@@ -297,7 +298,7 @@ def _backward(
         if k > 0:
             grads = ()
             for n in tl.static_range(CLASS_BLOCK):
-                grads = grads + (upper[n] * factor,)  # noqa: RUF005
+                grads += (upper[n] * factor,)
             _store_classes(
                 grad_plane, grad_logits_strides, i, j, grads, first,
                 alive & (lane > 0) & (j >= 0) & (i < size[0]), CLASS_BLOCK, CLASSES, TILE, ALIGN,
@@ -315,7 +316,7 @@ def _edge_weights(
     for d in tl.static_range(PX):
         # A sum, for the number to be of type ACC.
         t = tl.where(j < 0, 1.0, tl.where(j >= size - 1, 0.0, tl.zeros(j.shape, ACC) + weights[d]))
-        columns = columns + (t,)  # noqa: RUF005
+        columns += (t,)
     return columns
 
 
@@ -338,8 +339,8 @@ def _add_probabilities(
                 p *= scales[d]
             sum_ += p
             right += columns[d] * p
-        new_sums = new_sums + (sum_,)  # noqa: RUF005
-        new_rights = new_rights + (right,)  # noqa: RUF005
+        new_sums += (sum_,)
+        new_rights += (right,)
     return new_sums, new_rights
 
 
@@ -359,8 +360,8 @@ def _subtract_labels(
             else:
                 sum_ = tl.where(labels[d] == n, sum_ - 1.0, sum_)
                 right = tl.where(labels[d] == n, right - columns[d], right)
-        new_sums = new_sums + (sum_,)  # noqa: RUF005
-        new_rights = new_rights + (right,)  # noqa: RUF005
+        new_sums += (sum_,)
+        new_rights += (right,)
     return new_sums, new_rights
 
 
@@ -379,11 +380,11 @@ def _subtract_smooth(
     for n in tl.static_range(COUNT):
         if class_weight is not None:
             w = tl.load(class_weight + tl.minimum(first + n, CLASSES - 1))
-            new_sums = new_sums + (sums[n] - w * sum_,)  # noqa: RUF005
-            new_rights = new_rights + (rights[n] - w * right,)  # noqa: RUF005
+            new_sums += (sums[n] - w * sum_,)
+            new_rights += (rights[n] - w * right,)
         else:
-            new_sums = new_sums + (sums[n] - sum_,)  # noqa: RUF005
-            new_rights = new_rights + (rights[n] - right,)  # noqa: RUF005
+            new_sums += (sums[n] - sum_,)
+            new_rights += (rights[n] - right,)
     return new_sums, new_rights
 
 
@@ -395,8 +396,8 @@ def _spread(upper, lower, sums, rights, down, lane, COUNT: tl.constexpr):
     new_lower = ()
     for n in tl.static_range(COUNT):
         value = sums[n] - rights[n] + tl.gather(rights[n], tl.maximum(lane - 1, 0), 0)
-        new_upper = new_upper + (upper[n] + up * value,)  # noqa: RUF005
-        new_lower = new_lower + (lower[n] + down * value,)  # noqa: RUF005
+        new_upper += (upper[n] + up * value,)
+        new_lower += (lower[n] + down * value,)
     return new_upper, new_lower
 
 
@@ -494,7 +495,7 @@ def _plan_forward(
         "CLASSES": classes,
         "SMOOTHING": label_smoothing,
         "PER_PIXEL": loss.ndim > 0,
-        "CLASS_BLOCK": 8,
+        "CLASS_BLOCK": bilinear.class_block(classes, tiled),
         "TILED": tiled,
         "ALIGN": bilinear.class_alignment(logits),
         "PIXEL_ALIGN": bilinear.pixel_alignment(config["PX"], geometry["FACTOR_X"], *maps),
@@ -524,7 +525,7 @@ def _plan_backward(
     strips = triton.cdiv(size[0], strip)
     longest = bilinear.cells(size[1], full[1], align_corners)[1]
     parts = triton.cdiv(longest, 9)
-    class_block = triton.cdiv(classes, triton.cdiv(classes, 10))
+    class_block = triton.cdiv(classes, triton.cdiv(classes, 8))
     blocks = triton.cdiv(strips * cells, 31)
     px = triton.cdiv(longest, parts)
     maps = (lse, target, grad_loss) if grad_loss.ndim else (lse, target)
@@ -568,9 +569,13 @@ def _weight_sum(class_weight: Tensor | None, label_smoothing: float) -> Tensor |
 
 def aot_cases() -> list[tuple[str, Launch]]:
     """The shipped configurations, named upsample_cross_entropy/kernel/dtype/layout/factor/corner convention."""
-    settings = [(dtype, layout, factor, corners)
-        for dtype in ("bf16", "fp32") for layout in ("nchw", "channels_last") for factor in (4, 8)
-        for corners in (False, True)]
+    settings = [
+        (dtype, layout, factor, corners)
+        for dtype in ("bf16", "fp32")
+        for layout in ("nchw", "channels_last")
+        for factor in (4, 8)
+        for corners in (False, True)
+    ]
     settings += [(dtype, layout, 4, False) for dtype in ("fp16", "fp64") for layout in ("nchw", "channels_last")]
     cases = []
     for dtype, layout, factor, corners in settings:
