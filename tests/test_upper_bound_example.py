@@ -67,7 +67,7 @@ def test_folder_and_autoencoder(tmp_path):
 
 
 def relabel(folder: Path) -> None:
-    label = np.zeros((50, 33), np.uint8)
+    label = np.zeros((33, 50), np.uint8)
     label[7, 9] = 200
     Image.fromarray(label).save(folder / "valannot" / "val0.png")
 
