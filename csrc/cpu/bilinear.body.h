@@ -39,16 +39,20 @@ inline double scalar(double x) { return x; }
 inline float scalar(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 inline float scalar(fp16 x) { return widen(&x, 1)[0]; }
 
-// out[k][x] = pixel x of class k, whole vectors of pixels: the last is filled up with zeros.
+// out[k][x] = pixel x of class k, whole vectors of pixels: the last is filled up with zeros. What lies `ahead` elements
+// further on, the next row, is fetched on the way.
 template <typename T, typename A>
 void load_planes(const T* in, int64_t class_stride, int64_t pixel_stride, int64_t classes, int64_t count, A* out,
-                 int64_t stride) {
+                 int64_t stride, int64_t ahead) {
   constexpr int L = Simd<A>::lanes;
   if (pixel_stride == 1) {
     for (int64_t k = 0; k < classes; ++k) {
       const T* from = in + k * class_stride;
       int64_t x = 0;
-      for (; x + L <= count; x += L) store(out + k * stride + x, widen(from + x));
+      for (; x + L <= count; x += L) {
+        __builtin_prefetch(from + ahead + x, 0, 2);
+        store(out + k * stride + x, widen(from + x));
+      }
       if (x < count) store(out + k * stride + x, widen(from + x, count - x));
     }
   } else if (class_stride == 1) {
@@ -60,7 +64,10 @@ void load_planes(const T* in, int64_t class_stride, int64_t pixel_stride, int64_
         Vec<A> square[L];
         if (rows == L && last == L - 1) {
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) square[i] = widen(from + i * pixel_stride);
+          for (int i = 0; i < L; ++i) {
+            __builtin_prefetch(from + ahead + i * pixel_stride, 0, 2);
+            square[i] = widen(from + i * pixel_stride);
+          }
         } else {
           for (int i = 0; i < L; ++i) square[i] = i <= last ? widen(from + i * pixel_stride, rows) : Vec<A>{};
         }
@@ -78,13 +85,16 @@ void load_planes(const T* in, int64_t class_stride, int64_t pixel_stride, int64_
 // The other way; `in` has room for whole vectors.
 template <typename T, typename A>
 void store_planes(const A* in, int64_t stride, int64_t classes, int64_t count, T* out, int64_t class_stride,
-                  int64_t pixel_stride) {
+                  int64_t pixel_stride, int64_t ahead) {
   constexpr int L = Simd<A>::lanes;
   if (pixel_stride == 1) {
     for (int64_t k = 0; k < classes; ++k) {
       T* to = out + k * class_stride;
       int64_t x = 0;
-      for (; x + L <= count; x += L) narrow(load(in + k * stride + x), to + x);
+      for (; x + L <= count; x += L) {
+        __builtin_prefetch(to + ahead + x, 1, 2);
+        narrow(load(in + k * stride + x), to + x);
+      }
       if (x < count) narrow(load(in + k * stride + x), to + x, count - x);
     }
   } else if (class_stride == 1) {
@@ -99,7 +109,10 @@ void store_planes(const A* in, int64_t stride, int64_t classes, int64_t count, T
         T* to = out + x * pixel_stride + k;
         if (pixels == L && rows == L) {
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) narrow(square[i], to + i * pixel_stride);
+          for (int i = 0; i < L; ++i) {
+            __builtin_prefetch(to + ahead + i * pixel_stride, 1, 2);
+            narrow(square[i], to + i * pixel_stride);
+          }
         } else {
           for (int i = 0; i < pixels; ++i) narrow(square[i], to + i * pixel_stride, rows);
         }
@@ -124,7 +137,81 @@ struct Arena {
   }
 };
 
-constexpr int64_t pixel_block = 64;  // pixels in image order are worked on in blocks
+// Vectors of as many elements of another type as a vector of sums has.
+template <typename E, int Lanes>
+struct Pack {
+  typedef E vec __attribute__((vector_size(Lanes * sizeof(E))));
+  typedef E loose __attribute__((vector_size(Lanes * sizeof(E)), aligned(sizeof(E)), may_alias));
+  static vec at(const E* p) { return *reinterpret_cast<const loose*>(p); }
+  static void put(E* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
+};
+template <typename A>
+using Ints = typename Pack<int32_t, Simd<A>::lanes>::vec;
+
+// from[index] of each lane. Compilers tuning for no machine in particular do not take the instruction by themselves.
+template <typename E, typename Index>
+[[gnu::always_inline]] inline auto gather(const E* from, Index index) {
+  constexpr int lanes = sizeof(Index) / sizeof(int32_t);
+  typename Pack<E, lanes>::vec out;
+#if SEGOPS_X86_ISAS && SEGOPS_VECTOR_BYTES == 64
+  if constexpr (sizeof(E) == 4 && lanes == 16)
+    return __builtin_bit_cast(decltype(out), _mm512_mask_i32gather_epi32(
+                                                 __m512i{}, 0xffff, __builtin_bit_cast(__m512i, index), from, 4));
+#elif SEGOPS_X86_ISAS && SEGOPS_VECTOR_BYTES == 32
+  if constexpr (sizeof(E) == 4 && lanes == 8)
+    return __builtin_bit_cast(decltype(out), _mm256_i32gather_epi32(reinterpret_cast<const int*>(from),
+                                                                    __builtin_bit_cast(__m256i, index), 4));
+#endif
+  for (int i = 0; i < lanes; ++i) out[i] = from[index[i]];
+  return out;
+}
+
+template <int Bytes>
+struct Integer { using type = int32_t; };
+template <>
+struct Integer<8> { using type = int64_t; };
+
+// N vectors, one per phase, to the pixels of their items one after another, and back.
+template <int N, int Lanes, typename V>
+[[gnu::always_inline]] inline void interleave(V* rows) {
+  using Order = typename Integer<sizeof(rows[0][0])>::type;
+  typename Pack<Order, Lanes>::vec low, high;
+  for (int i = 0; i < Lanes; ++i) {
+    low[i] = i / 2 + i % 2 * Lanes;
+    high[i] = low[i] + Lanes / 2;
+  }
+  V next[N];
+#pragma GCC unroll 4
+  for (int width = 1; width < N; width *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + N / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + N / 2], high);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) rows[i] = next[i];
+  }
+}
+template <int N, int Lanes, typename V>
+[[gnu::always_inline]] inline void deinterleave(V* rows) {
+  using Order = typename Integer<sizeof(rows[0][0])>::type;
+  typename Pack<Order, Lanes>::vec even, odd;
+  for (int i = 0; i < Lanes; ++i) {
+    even[i] = 2 * i;
+    odd[i] = 2 * i + 1;
+  }
+  V next[N];
+#pragma GCC unroll 4
+  for (int width = 1; width < N; width *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      next[i] = __builtin_shuffle(rows[2 * i], rows[2 * i + 1], even);
+      next[i + N / 2] = __builtin_shuffle(rows[2 * i], rows[2 * i + 1], odd);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) rows[i] = next[i];
+  }
+}
 
 // What lies side by side in a vector. Upwards: the intervals of a row; each holds up to `phases` output pixels, the
 // logits of which run linearly between its two columns. Downwards: the output pixels, one per item, each with two
@@ -134,16 +221,16 @@ struct Items {
   static constexpr int L = Simd<A>::lanes;
   const Line* line;
   bool upwards;
-  int64_t phases, chunk;  // of which a pass takes `chunk`
-  int64_t room;                 // items that fit
-  int64_t width, right, stride; // of a plane of items; from an item's left column to its right one; between classes
+  int64_t phases, chunk;         // of which a pass takes `chunk`
+  int64_t room;                  // items that fit
+  int64_t width, right, stride;  // of a plane of items; from an item's left column to its right one; between classes
   int64_t begin = 0, count = 0, pixel_begin = 0, pixels = 0, column_begin = 0, columns = 0;
-  // By item, [padded_phases][width]: its pixels, and the weights of its columns; 0 where there is no pixel.
+  bool regular = false;          // phase i of item j is pixel j * phases + i - lead
+  int64_t lead = 0;
+  // [padded_phases][width]: the pixel, -1 for none, and the weights of its columns, 0 for none.
   int32_t* pixel;
-  A *left_share, *right_share, *start;  // start [width]: weight of the right column at the first pixel
-  // By pixel: its place in that order, its item, its weight of the right column.
-  int32_t *place, *item;
-  A* weight;
+  A *left_share, *right_share, *shares;  // shares: both, side by side
+  A* start;                              // [width] weight of the right column at the first pixel
 
   Items() = default;
   Items(const Line& along, int64_t room)
@@ -159,19 +246,20 @@ struct Items {
     return (phases + passes - 1) / passes;
   }
   int64_t padded_phases() const { return round_up(phases, chunk); }
-  int64_t pixel_room() const { return round_up(phases * room, pixel_block); }
   int64_t items() const { return upwards ? line->in + 1 : line->out; }
   void take(Arena& arena) {
-    const int64_t places = padded_phases() * width, pixels = pixel_room();
-    pixel = arena.take<int32_t>(places), place = arena.take<int32_t>(pixels), item = arena.take<int32_t>(pixels);
+    const int64_t places = padded_phases() * width;
+    pixel = arena.take<int32_t>(places);
     left_share = arena.template take<A>(places), right_share = arena.template take<A>(places);
-    start = arena.template take<A>(width), weight = arena.template take<A>(pixels);
+    shares = arena.template take<A>(2 * places), start = arena.template take<A>(width);
   }
   int64_t left_column(int64_t item) const { return most(0, (upwards ? item : line->interval[item]) - 1); }
   int64_t right_column(int64_t item) const { return least(line->in - 1, upwards ? item : line->interval[item]); }
 
   void set(int64_t from, int64_t to) {
     begin = from, count = to - from;
+    regular = chunk == phases && (phases & (phases - 1)) == 0, lead = 0;
+    if (count == 0) return;
     column_begin = left_column(from), columns = right_column(to - 1) + 1 - column_begin;
     pixel_begin = upwards ? line->first[from] : from;
     pixels = (upwards ? line->first[to] : to) - pixel_begin;
@@ -179,25 +267,82 @@ struct Items {
       const bool real = j < count;
       const int64_t first = real ? (upwards ? line->first[from + j] : from + j) - pixel_begin : 0;
       const int64_t held = real ? (upwards ? line->first[from + j + 1] - line->first[from + j] : 1) : 0;
+      // The logits of interval 0 are constant: its pixels may stand at any phase.
+      const int64_t shift = upwards && from + j == 0 ? phases - held : 0;
+      if (j == 0) lead = shift;
       start[j] = held ? A(line->weight[pixel_begin + first]) : 0;
       for (int64_t i = 0; i < padded_phases(); ++i) {
-        const int64_t at = i * width + j, x = first + i;
-        pixel[at] = i < held ? int32_t(x) : 0;
-        left_share[at] = i < held ? A(1 - line->weight[pixel_begin + x]) : 0;
-        right_share[at] = i < held ? A(line->weight[pixel_begin + x]) : 0;
-        if (i < held) place[x] = int32_t(at), item[x] = int32_t(j), weight[x] = right_share[at];
+        const int64_t at = i * width + j, x = first + i - shift;
+        const bool one = i >= shift && i < shift + held;
+        pixel[at] = one ? static_cast<int32_t>(x) : -1;
+        left_share[at] = one ? A(1 - line->weight[pixel_begin + x]) : 0;
+        right_share[at] = one ? A(line->weight[pixel_begin + x]) : 0;
+        shares[2 * at] = left_share[at], shares[2 * at + 1] = right_share[at];
+        regular &= !one || x == j * phases + i - lead;
       }
     }
-    for (int64_t x = pixels; x < pixel_room(); ++x) place[x] = item[x] = 0, weight[x] = 0;
+  }
+
+  // out[e] = row[pixel * pixel_stride] at phase i + e of items j ... j + L - 1, `none` where there is no pixel.
+  template <int N, typename E>
+  void by_item(const E* row, int64_t pixel_stride, int64_t j, int64_t i, E none,
+               typename Pack<E, L>::vec* out) const {
+    using P = Pack<E, L>;
+    if (!regular) {
+      for (int e = 0; e < N; ++e) {
+        const Ints<A> x = Pack<int32_t, L>::at(pixel + (i + e) * width + j);
+        const typename P::vec value = gather(row, (x > 0 ? x : 0) * static_cast<int32_t>(pixel_stride));
+        E chosen[L];
+        for (int l = 0; l < L; ++l) chosen[l] = x[l] < 0 ? none : value[l];
+        out[e] = P::at(chosen);
+      }
+      return;
+    }
+    const int64_t first = j * N - lead;
+    E edge[N * L];
+    if (first < 0 || first + N * L > pixels || pixel_stride != 1) {
+      for (int64_t x = 0; x < N * L; ++x) edge[x] = none;
+      for (int64_t x = most(first, 0); x < least(first + N * L, pixels); ++x) edge[x - first] = row[x * pixel_stride];
+      row = edge;
+    } else {
+      row += first;
+    }
+#pragma GCC unroll 8
+    for (int e = 0; e < N; ++e) out[e] = P::at(row + e * L);
+    if constexpr ((N & (N - 1)) == 0) deinterleave<N, L>(out);
+  }
+
+  // The way back.
+  template <int N, typename E>
+  void by_pixel(typename Pack<E, L>::vec* in, int64_t j, int64_t i, E* row, int64_t pixel_stride) const {
+    using P = Pack<E, L>;
+    if (!regular) {
+      for (int e = 0; e < N; ++e)
+        for (int l = 0; l < L; ++l) {
+          const int64_t x = pixel[(i + e) * width + j + l];
+          if (x >= 0) row[x * pixel_stride] = in[e][l];
+        }
+      return;
+    }
+    if constexpr ((N & (N - 1)) == 0) interleave<N, L>(in);
+    const int64_t first = j * N - lead;
+    if (first >= 0 && first + N * L <= pixels && pixel_stride == 1) {
+#pragma GCC unroll 8
+      for (int e = 0; e < N; ++e) P::put(row + first + e * L, in[e]);
+      return;
+    }
+    for (int64_t x = most(first, 0); x < least(first + N * L, pixels); ++x)
+      row[x * pixel_stride] = in[(x - first) / L][(x - first) % L];
   }
 
   // planes[k][stride] = the columns of all items, of one row of logits.
   template <typename T>
-  void fetch(const T* row, int64_t class_stride, int64_t pixel_stride, int64_t classes, A* planes) const {
+  void fetch(const T* row, int64_t class_stride, int64_t pixel_stride, int64_t classes, int64_t ahead,
+             A* planes) const {
     if (upwards) {
       const int64_t before = begin == 0 ? 1 : 0;
       load_planes(row + column_begin * pixel_stride, class_stride, pixel_stride, classes, columns, planes + before,
-                  stride);
+                  stride, ahead);
       for (int64_t k = 0; k < classes; ++k) {
         A* at = planes + k * stride;
         if (before) at[0] = at[1];
@@ -207,7 +352,8 @@ struct Items {
       return;
     }
     for (int64_t j = 0; j < count; ++j) {
-      const T *left = row + left_column(begin + j) * pixel_stride, *other = row + right_column(begin + j) * pixel_stride;
+      const T* left = row + left_column(begin + j) * pixel_stride;
+      const T* other = row + right_column(begin + j) * pixel_stride;
       for (int64_t k = 0; k < classes; ++k) {
         planes[k * stride + j] = scalar(left[k * class_stride]);
         planes[k * stride + right + j] = scalar(other[k * class_stride]);
@@ -215,6 +361,20 @@ struct Items {
     }
   }
 };
+
+// Calls function.operator()<T>(), T what elements of a dtype that is summed in A are stored as.
+template <typename A, typename Function>
+[[gnu::always_inline]] inline void with_storage(DType dtype, Function function) {
+  if constexpr (sizeof(A) == 8) {
+    function.template operator()<double>();
+  } else {
+    switch (dtype) {
+      case DType::bfloat16: return function.template operator()<bf16>();
+      case DType::float16: return function.template operator()<fp16>();
+      default: return function.template operator()<float>();
+    }
+  }
+}
 
 // Calls function.operator()<n>(), n from 1 to 8.
 template <typename Function>

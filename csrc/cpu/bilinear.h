@@ -1,8 +1,13 @@
-// Bilinear interpolation along one axis, as torch.nn.functional.interpolate has it, with the scale taken from the sizes.
+// Bilinear interpolation along one axis as torch.nn.functional.interpolate has it, the scale taken from the sizes.
 #pragma once
 
 #include <cstdint>
 #include <vector>
+
+#include "cpu/isa.h"
+#if SEGOPS_X86_ISAS
+#include <immintrin.h>  // gathers
+#endif
 
 namespace segops {
 
@@ -23,7 +28,6 @@ struct Axis {
       const int64_t at = align_corners ? (out > 1 ? x * (in - 1) : 0) : (2 * x + 1) * in - out;
       interval[x] = at < 0 ? 0 : static_cast<int32_t>(at / parts + 1);
       weight[x] = at < 0 ? 0 : double(at % parts) / double(parts);
-      if (x > 0 && interval[x] == 0) weight[x] = weight[x - 1] + step;  // both neighbours are pixel 0
       ++first[interval[x] + 1];
     }
     for (int64_t q = 0; q <= in; ++q) {

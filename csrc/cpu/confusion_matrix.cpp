@@ -4,8 +4,7 @@
 //
 // Each piece of the maps counts into tables of its own, which are added up at the end. Label maps are smooth: 16 equal
 // pairs in a row are one addition; other pixels go one by one, round robin into four tables where they are small, since
-// an increment waits for the last one of the same counter. Bound by reading labels of any dtype. Tried: a table per
-// image row (slower: clearing it).
+// an increment waits for the last one of the same counter. The pieces are few where the tables are large.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
