@@ -25,6 +25,10 @@ namespace segops {
 void run(const Dupsample& p, const char* op, const Work& work) {
   const Shared shared(p);
   std::atomic<bool> failed{!shared.good};
+  if (p.backward && shared.good)
+    torch::stable::parallel_for(0, p.rows(), 256, [&](int64_t begin, int64_t end) {
+      SEGOPS_ISA_CALL(zero_sums, p, shared, begin, end);
+    });
   for (const Chunk& chunk : p.chunks) {
     if (failed.load()) break;
     torch::stable::parallel_for(0, chunk.tiles(), 1, [&](int64_t begin, int64_t end) {
@@ -59,7 +63,7 @@ Upsampled problem(const Tensor& full, const Tensor& x, const Tensor& weight, con
 }
 
 double run(Upsampled& p, const char* op) {
-  p.plan();
+  p.plan(p.full.x == 1 && p.full.c != 1);
   std::vector<double> products(p.chunks.size() * p.pieces());
   run(p, op, [&](auto& shared, auto& chunk, int64_t begin, int64_t end, Scratch& scratch) {
     SEGOPS_ISA_CALL(work, p, shared, chunk, begin, end, scratch, products.data());

@@ -55,12 +55,12 @@ struct Dupsample {
 
   std::vector<Region> regions;
   std::vector<Chunk> chunks;
-  int64_t blocks;  // a block: the sub-pixels whose logits are computed together
-  int64_t pixel_pieces, cell_pieces, chunk_cells;
+  int64_t block_pixels, block_classes;  // a block: the sub-pixels, and of those the classes, that are computed together
+  int64_t pixel_blocks, class_blocks, block_pieces, cell_pieces, chunk_cells;
 
   int64_t rows() const { return scale * scale * classes; }
-  int64_t pieces() const { return pixel_pieces * cell_pieces; }
-  int64_t largest_block() const { return (scale * scale + blocks - 1) / blocks * classes; }
+  int64_t blocks() const { return pixel_blocks * class_blocks; }
+  int64_t pieces() const { return block_pieces * cell_pieces; }
   int64_t padded_channels() const { return (channels + 31) / 32 * 32; }
 
   Dupsample(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
@@ -93,18 +93,22 @@ struct Dupsample {
     return (dtype == DType::float32 || dtype == DType::float64) && cell_pieces == 1 && grad_weight_channel == 1;
   }
 
-  void plan() {
+  // whole_rows: a block holds whole rows of sub-pixels, of some classes; otherwise all classes of some sub-pixels.
+  void plan(bool whole_rows = false) {
     const int64_t pixels = scale * scale, one = channels * size_of_sum(), mib = 1024 * 1024;
     // About a hundred rows at a time keep the micro-kernels busy and a tile of logits in the first cache.
-    const int64_t together = std::clamp<int64_t>(96 / classes, 1, pixels);
-    blocks = (pixels + together - 1) / together;
+    block_pixels = whole_rows ? scale * std::clamp<int64_t>(96 / (scale * classes), 1, scale)
+                              : std::clamp<int64_t>(96 / classes, 1, pixels);
+    block_classes = whole_rows ? std::clamp<int64_t>(112 / block_pixels, 1, classes) : classes;
+    pixel_blocks = (pixels + block_pixels - 1) / block_pixels;
+    class_blocks = (classes + block_classes - 1) / block_classes;
     const int64_t most = backward ? std::clamp<int64_t>(8 * mib / (256 * one), 4, 32) : 64;
-    pixel_pieces = std::min(blocks, most);
-    const int64_t room = backward || pixel_pieces < 16 ? 4 * mib / (backward ? pixel_pieces : 1) : mib / 2;
+    block_pieces = std::min(blocks(), most);
+    const int64_t room = backward || block_pieces < 16 ? 4 * mib / (backward ? block_pieces : 1) : mib / 2;
     const int64_t tiles = std::max<int64_t>(room / one / tile_cells, 4);
     const int64_t whole = (split_into_regions() + tile_cells - 1) / tile_cells;
     chunk_cells = std::min(tiles, whole) * tile_cells;
-    cell_pieces = std::min(most / pixel_pieces, chunk_cells / tile_cells / 4);
+    cell_pieces = std::min(most / block_pieces, chunk_cells / tile_cells / 4);
     if (backward) cell_pieces = std::min(cell_pieces, 4 * mib / (rows() * one));
     cell_pieces = std::max<int64_t>(cell_pieces, 1);
     for (const Region& region : regions)
@@ -145,7 +149,7 @@ struct Shared {
     if (!p.backward) return;
     grad_offset = static_cast<int64_t*>(take(cells * 8));
     x_by_cell = take(p.padded_channels() * cells * one);
-    grad_x = take(p.pixel_pieces * p.channels * cells * one);
+    grad_x = take(p.block_pieces * p.channels * cells * one);
     grad_weight = p.sums_in_place() ? p.grad_weight : take(p.cell_pieces * p.rows() * p.channels * one);
     grad_bias = take(p.cell_pieces * p.rows() * one);
   }
@@ -164,7 +168,7 @@ struct Shared {
 };
 
 // An op's share of the work: pieces begin .. end-1 of a chunk. A worker that gets no memory says so through `scratch`.
-using Work = std::function<void(const Shared& shared, const Chunk& chunk, int64_t begin, int64_t end, Scratch& scratch)>;
+using Work = std::function<void(const Shared&, const Chunk&, int64_t begin, int64_t end, Scratch& scratch)>;
 
 // Runs all chunks and stores the gradients of x, weight and bias.
 void run(const Dupsample& p, const char* op, const Work& work);

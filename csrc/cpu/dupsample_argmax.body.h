@@ -17,7 +17,7 @@ struct ArgmaxTile {
     alignas(64) A confidence[cells];
     tiles.logits(b, x, at.cells);
     for (int64_t s = 0; s < b.pixels; ++s) {
-      const int64_t dy = (b.first + s) / p.scale, dx = (b.first + s) % p.scale;
+      const int64_t dy = (b.pixel + s) / p.scale, dx = (b.pixel + s) % p.scale;
       const A* z = b.logits + s * p.classes * cells;
       for (int64_t e = 0; e < at.cells; e += 4 * L) {  // four at a time: each comparison waits for the last
         Vec<A> top[4];

@@ -1,8 +1,8 @@
 // Cross entropy of dupsample's logits for one instruction set; see dupsample_cross_entropy.cpp.
 #include "cpu/dupsample_tiles.body.h"
 
-// out[i] = the label at in[offset[i]], -1 where it does not count. Returns the lowest flat[i] of a label that is no class
-// and not ignored, INT64_MAX for none.
+// out[i] = the label at in[offset[i]], -1 where it does not count. Returns the lowest flat[i] of a label that is neither
+// a class nor ignored, INT64_MAX for none.
 template <typename I>
 [[gnu::noinline]] int64_t gather_labels(const I* in, const int64_t* offset, const int64_t* flat, int64_t cells,
                                         int64_t classes, int64_t ignored, int32_t* out) {
@@ -28,7 +28,8 @@ struct CrossEntropyTile {
 
   const CrossEntropy& p;
   const Tiles<T>& tiles;
-  double loss = 0, count = 0, product = 0;  // product: sum z dz
+  LongSum loss, count, product;  // product: sum z dz,
+  double at_labels = 0;          // but for what labels take from it
   alignas(64) int32_t label[cells];
   alignas(64) A first[cells], second[cells], third[cells], tops[cells];
 
@@ -44,13 +45,13 @@ struct CrossEntropyTile {
                           : from.kind == Labels::Kind::int32 ? gather(static_cast<const int32_t*>(from.data))
                                                              : gather(static_cast<const int64_t*>(from.data));
     if (wrong != INT64_MAX && p.wrong) p.wrong->report(wrong + y * p.width + x);
-    for (int64_t e = at.cells; e < round_up(at.cells, L); ++e) label[e] = -1;
+    for (int64_t e = at.cells; e < cells; ++e) label[e] = -1;
   }
 
   void tile(const Block<A>& b, const A* x, const Tile& at) {
     tiles.logits(b, x, at.cells);
     for (int64_t s = 0; s < b.pixels; ++s) {
-      const int64_t y = (b.first + s) / p.scale, x = (b.first + s) % p.scale;
+      const int64_t y = (b.pixel + s) / p.scale, x = (b.pixel + s) % p.scale;
       A* z = b.logits + s * p.classes * cells;
       read_labels(at, y, x);
       p.backward ? gradient(z, at, y, x) : losses(z, at, y, x);
@@ -60,13 +61,13 @@ struct CrossEntropyTile {
   void losses(const A* z, const Tile& at, int64_t y, int64_t x) {
     const A* class_weight = static_cast<const A*>(p.class_weight);
     A *weight = first, *picked = second, *log_sum = third;
-    for (int64_t e = 0; e < round_up(at.cells, L); ++e) {
-      const int64_t c = label[e] < 0 ? 0 : label[e];
-      picked[e] = z[c * cells + e];
-      weight[e] = label[e] < 0 ? A(-1) : class_weight ? class_weight[c] : A(1);
+    for (int e = 0; e < cells; ++e) {
+      const int32_t c = label[e] < 0 ? 0 : label[e];
+      picked[e] = z[c * int32_t(cells) + e];
+      weight[e] = label[e] < 0 ? A(-1) : A(1);
     }
-    const A share = A(p.label_smoothing / p.classes), rest = A(1 - p.label_smoothing);
-    Vec<A> total = {}, weights = {};
+    if (class_weight)
+      for (int64_t e = 0; e < at.cells; ++e) weight[e] = label[e] < 0 ? A(-1) : class_weight[label[e]];
     for (int64_t e = 0; e < at.cells; e += 4 * L) {  // four at a time: each maximum waits for the last
       Vec<A> top[4];
 #pragma GCC unroll 4
@@ -78,18 +79,22 @@ struct CrossEntropyTile {
       for (int i = 0; i < 4; ++i) store(tops + e + i * L, top[i]);
     }
     for (int64_t e = 0; e < at.cells; e += L) {
-      const A* logit = z + e;
       const Vec<A> top = load(tops + e);
       Vec<A> sum = {};
-      for (int64_t c = 0; c < p.classes; ++c) sum += bounded_exp(load(logit + c * cells) - top);
-      const Vec<A> lse = top + vlog<A>(sum);
+      for (int64_t c = 0; c < p.classes; ++c) sum += bounded_exp(load(z + c * cells + e) - top);
+      store(log_sum + e, sum);
+    }
+    const A share = A(p.label_smoothing / p.classes), rest = A(1 - p.label_smoothing);
+    Vec<A> total = {}, weights = {};
+    for (int64_t e = 0; e < at.cells; e += L) {
+      const Vec<A> lse = load(tops + e) + vlog<A>(load(log_sum + e));
       store(log_sum + e, lse);
       const Vec<A> w = load(weight + e);
       Vec<A> l = rest * w * (lse - load(picked + e));
       if (p.label_smoothing != 0) {
         Vec<A> all = {};
         for (int64_t c = 0; c < p.classes; ++c)
-          all += (lse - load(logit + c * cells)) * (class_weight ? class_weight[c] : A(1));
+          all += (lse - load(z + c * cells + e)) * (class_weight ? class_weight[c] : A(1));
         l += share * all;
       }
       const auto counts = w >= 0;
@@ -98,7 +103,7 @@ struct CrossEntropyTile {
       weights += counts ? w : Vec<A>{};
       if (p.per_pixel) store(picked + e, l);
     }
-    loss += sum_of<A>(total), count += sum_of<A>(weights);
+    loss.add(total), count.add(weights);
     scatter(log_sum, static_cast<A*>(p.lse), at.map(1), y * p.lse_y + x * p.lse_x, at.cells);
     if (p.per_pixel) scatter(picked, static_cast<A*>(p.loss), at.map(2), y * p.loss_y + x * p.loss_x, at.cells);
   }
@@ -116,18 +121,17 @@ struct CrossEntropyTile {
     const A share = A(p.label_smoothing / p.classes), rest = A(1 - p.label_smoothing);
     const A whole = share * A(p.sum_of_weights);
     A *own = first, *all = second, *log_sum = third;
-    for (int64_t e = 0; e < at.cells; ++e) {
-      const int32_t c = label[e];
-      const A g = c < 0 ? A(0) : grad[at.map(2)[e]];
-      const A w = c < 0 || !class_weight ? A(1) : class_weight[c];
-      own[e] = g * rest * w;
-      all[e] = g;
-      log_sum[e] = lse[at.map(1)[e]];
+    for (int64_t e = 0; e < at.cells; ++e) log_sum[e] = lse[at.map(1)[e]];
+    for (int64_t e = 0; e < at.cells; ++e) all[e] = grad[at.map(2)[e]];
+    for (int64_t e = at.cells; e < cells; ++e) all[e] = 0, log_sum[e] = A(__builtin_inf());  // whose gradient is 0
+    for (int64_t e = 0; e < cells; ++e) {
+      all[e] = label[e] < 0 ? 0 : all[e];
+      own[e] = all[e] * rest;
     }
-    for (int64_t e = at.cells; e < round_up(at.cells, L); ++e)  // no cells: their gradient is to be 0
-      own[e] = all[e] = 0, log_sum[e] = A(__builtin_inf());
+    if (class_weight)
+      for (int64_t e = 0; e < at.cells; ++e) own[e] *= class_weight[label[e] < 0 ? 0 : label[e]];
     if (p.grad_temperature)
-      for (int64_t e = 0; e < at.cells; ++e) product -= label[e] < 0 ? 0 : double(z[label[e] * cells + e]) * own[e];
+      for (int64_t e = 0; e < at.cells; ++e) at_labels -= label[e] < 0 ? 0 : double(z[label[e] * cells + e]) * own[e];
     for (int64_t e = 0; e < at.cells; e += L) {
       const Vec<A> g = load(all + e), low = load(log_sum + e);
       Vec<A> sum = {}, mean = {}, weighted = {};  // of exp(z - lse), 1 but for lse's rounding; of z times it; of w z
@@ -151,10 +155,10 @@ struct CrossEntropyTile {
           const A weight = class_weight ? class_weight[c] : A(1);
           store(z + c * cells + e, load(z + c * cells + e) * factor - weight * share * g);
         }
-      if (p.grad_temperature) product += sum_of<A>(mean * factor - share * g * weighted);
+      if (p.grad_temperature) product.add(mean * factor - share * g * weighted);
     }
     for (int64_t e = 0; e < at.cells; ++e)
-      if (label[e] >= 0) z[label[e] * cells + e] -= own[e];
+      z[(label[e] < 0 ? 0 : label[e]) * int32_t(cells) + e] -= own[e];
   }
 };
 
@@ -165,7 +169,7 @@ inline void work(const CrossEntropy& p, const Shared& shared, const Chunk& chunk
       CrossEntropyTile<T> op{p, tiles};
       run(op);
       double* at = sums + 2 * (chunk.index * p.pieces() + piece);
-      at[0] = p.backward ? op.product : op.loss, at[1] = op.count;
+      at[0] = p.backward ? op.product.total() + op.at_labels : op.loss.total(), at[1] = op.count.total();
     });
   });
 }

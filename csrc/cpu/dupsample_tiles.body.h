@@ -136,7 +136,7 @@ template <typename A>
 struct Block {
   A *weight, *weight_by_channel, *bias, *logits, *grad_weight;
   A* grad_bias;  // [row][lane]
-  int64_t first, pixels, rows;  // sub-pixels, and rows = pixels * classes
+  int64_t pixel, pixels, first_class, classes, rows;  // rows = pixels * classes
 };
 
 // The tile at hand: cells, and what the op's maps add for each.
@@ -158,7 +158,7 @@ struct Tiles {
   const int64_t padded;                    // channels of x_by_cell and the block's grad_weight
 
   Tiles(const Dupsample& p, const Shared& shared)
-      : p(p), shared(shared), channels_step(spread(p.channels)), rows_step(spread(p.largest_block())),
+      : p(p), shared(shared), channels_step(spread(p.channels)), rows_step(spread(p.block_pixels * p.block_classes)),
         padded(round_up(p.channels, panel)) {}
   static int64_t spread(int64_t count) {
     const int64_t whole = round_up(count, L);
@@ -167,8 +167,8 @@ struct Tiles {
 
   A* x_tile(int64_t t) const { return static_cast<A*>(shared.x) + t * p.channels * tile; }
   A* x_by_cell(int64_t t) const { return static_cast<A*>(shared.x_by_cell) + t * padded * tile; }
-  A* grad_x_tile(int64_t pixel_piece, int64_t t) const {
-    return static_cast<A*>(shared.grad_x) + (pixel_piece * (p.chunk_cells / tile) + t) * p.channels * tile;
+  A* grad_x_tile(int64_t block_piece, int64_t t) const {
+    return static_cast<A*>(shared.grad_x) + (block_piece * (p.chunk_cells / tile) + t) * p.channels * tile;
   }
 
   // ---- a chunk's input ----
@@ -244,7 +244,7 @@ struct Tiles {
   // ---- a block of sub-pixels ----
 
   Block<A> block_memory(Arena& arena) const {
-    const int64_t rows = round_up(p.largest_block(), L), channels = round_up(p.channels, L);
+    const int64_t rows = round_up(p.block_pixels * p.block_classes, L), channels = round_up(p.channels, L);
     Block<A> b;
     b.weight = arena.take<A>(rows * channels_step);
     b.weight_by_channel = arena.take<A>(channels * rows_step);
@@ -255,13 +255,16 @@ struct Tiles {
     return b;
   }
 
-  void load_block(Block<A>& b, int64_t first, int64_t pixels) const {
-    b.first = first, b.pixels = pixels, b.rows = pixels * p.classes;
-    const int64_t row0 = first * p.classes;
+  int64_t weight_row(const Block<A>& b, int64_t i) const {
+    return (b.pixel + i / b.classes) * p.classes + b.first_class + i % b.classes;
+  }
+
+  void load_block(Block<A>& b) const {
     const A factor = A(1 / p.temperature);
     const T* bias = static_cast<const T*>(p.bias);
     for (int64_t i = 0; i < b.rows; ++i) {
-      const T* in = static_cast<const T*>(p.weight) + (row0 + i) * p.weight_row;
+      const int64_t row = weight_row(b, i);
+      const T* in = static_cast<const T*>(p.weight) + row * p.weight_row;
       A* out = b.weight + i * channels_step;
       int64_t c = 0;
       if (p.weight_channel == 1) {
@@ -270,7 +273,7 @@ struct Tiles {
       } else {
         for (; c < p.channels; ++c) out[c] = widen(in + c * p.weight_channel, 1)[0];
       }
-      b.bias[i] = bias ? widen(bias + (row0 + i) * p.bias_row, 1)[0] * factor : 0;
+      b.bias[i] = bias ? widen(bias + row * p.bias_row, 1)[0] * factor : 0;
     }
     for (int64_t i = 0; i < b.rows; i += L)
       for (int64_t c = 0; c < p.channels; c += L) {
@@ -296,6 +299,11 @@ struct Tiles {
 
   // From the gradient g that stands in b.logits: grad_x += W^T g, grad_weight += g x^T, grad_bias += sum g.
   void spread_gradient(const Block<A>& b, int64_t t, int64_t cells, A* grad_x) const {
+    for (int64_t i = 0; i < (p.grad_bias ? b.rows : 0); ++i) {
+      Vec<A> sum = load(b.grad_bias + i * L);
+      for (int64_t e = 0; e < cells; e += L) sum += load(b.logits + i * tile + e);
+      store(b.grad_bias + i * L, sum);
+    }
     for_rows(p.channels, [&]<int Rows>(int64_t first) {
       for (int64_t e = 0; e < cells; e += panel)
         multiply<A, Rows, 1>(b.weight + first, channels_step, b.logits + e, tile, b.rows, nullptr,
@@ -306,77 +314,71 @@ struct Tiles {
         multiply<A, Rows, tile>(b.logits + first * tile, 1, x_by_cell(t) + c, padded, cells, nullptr,
                                 b.grad_weight + first * padded + c, padded);
     });
-    if (!p.grad_bias) return;
-    for (int64_t i = 0; i < b.rows; ++i) {
-      Vec<A> sum = load(b.grad_bias + i * L);
-      for (int64_t e = 0; e < cells; e += L) sum += load(b.logits + i * tile + e);
-      store(b.grad_bias + i * L, sum);
-    }
   }
 
-  A* weight_sums(int64_t cell_piece, int64_t row, int64_t& step) const {
-    step = p.sums_in_place() ? p.grad_weight_row : p.channels;
+  A* weight_sums(int64_t cell_piece, int64_t row) const {
+    const int64_t step = p.sums_in_place() ? p.grad_weight_row : p.channels;
     return static_cast<A*>(shared.grad_weight) + (cell_piece * p.rows() + row) * step;
+  }
+  A* bias_sum(int64_t cell_piece, int64_t row) const {
+    return static_cast<A*>(shared.grad_bias) + cell_piece * p.rows() + row;
   }
 
   void add_weight_gradient(const Block<A>& b, int64_t cell_piece) const {
-    int64_t step;
-    A* sums = weight_sums(cell_piece, b.first * p.classes, step);
-    A* bias = static_cast<A*>(shared.grad_bias) + cell_piece * p.rows() + b.first * p.classes;
     for (int64_t i = 0; i < b.rows; ++i) {
+      const int64_t row = weight_row(b, i);
       const A* in = b.grad_weight + i * padded;
-      for (int64_t c = 0; c < p.channels; ++c) sums[i * step + c] += in[c];
-      if (p.grad_bias) bias[i] += A(sum_of<A>(load(b.grad_bias + i * L)));
+      A* sums = weight_sums(cell_piece, row);
+      for (int64_t c = 0; c < p.channels; ++c) sums[c] += in[c];
+      if (p.grad_bias) *bias_sum(cell_piece, row) += A(sum_of<A>(load(b.grad_bias + i * L)));
     }
   }
 
-  // One piece of a chunk: op.tile(block, tile) turns a tile of logits into results, backward into their gradient.
+  // One piece of a chunk: op.tile(block, x, tile) turns a tile of inputs into results, backward into their gradient.
   template <typename Op>
   void piece(const Chunk& chunk, int64_t index, Block<A>& b, Op& op) const {
-    const Region& region = *chunk.region;
-    const int64_t pixel_piece = index % p.pixel_pieces, cell_piece = index / p.pixel_pieces;
-    const int64_t tiles = chunk.tiles(), pixels = p.scale * p.scale;
+    const int64_t block_piece = index % p.block_pieces, cell_piece = index / p.block_pieces, tiles = chunk.tiles();
     const int64_t first = tiles * cell_piece / p.cell_pieces, last = tiles * (cell_piece + 1) / p.cell_pieces;
-    const int64_t block0 = p.blocks * pixel_piece / p.pixel_pieces;
-    const int64_t block1 = p.blocks * (pixel_piece + 1) / p.pixel_pieces;
-    if (p.backward) {
-      __builtin_memset(grad_x_tile(pixel_piece, first), 0, (last - first) * p.channels * tile * sizeof(A));
-      if (chunk.index == 0)
-        zero_sums(pixels * block0 / p.blocks * p.classes, pixels * block1 / p.blocks * p.classes, cell_piece);
-    }
-    if (first == last) return;
-    for (int64_t block = block0; block < block1; ++block) {
-      const int64_t end = pixels * (block + 1) / p.blocks;
-      for (int64_t s = pixels * block / p.blocks, next; s < end; s = next) {
-        for (next = s; next < end && next / p.scale < region.rows && next % p.scale < region.columns;) ++next;
-        if (next == s) { ++next; continue; }
-        load_block(b, s, next - s);
-        if (p.backward) __builtin_memset(b.grad_weight, 0, b.rows * padded * sizeof(A));
-        if (p.backward) __builtin_memset(b.grad_bias, 0, b.rows * L * sizeof(A));
-        for (int64_t t = first; t < last; ++t) {
-          const Tile at{shared.offset + t * tile, p.chunk_cells, least(tile, chunk.cells - t * tile)};
-          op.tile(b, x_tile(t), at);
-          if (p.backward) spread_gradient(b, t, at.cells, grad_x_tile(pixel_piece, t));
-        }
-        if (p.backward) add_weight_gradient(b, cell_piece);
+    if (p.backward)
+      __builtin_memset(grad_x_tile(block_piece, first), 0, (last - first) * p.channels * tile * sizeof(A));
+    const int64_t end = p.blocks() * (block_piece + 1) / p.block_pieces;
+    for (int64_t block = p.blocks() * block_piece / p.block_pieces; block < end && first < last; ++block) {
+      const int64_t part = block % p.class_blocks, pixel0 = block / p.class_blocks * p.block_pixels;
+      const int64_t pixel1 = least(pixel0 + p.block_pixels, p.scale * p.scale);
+      b.first_class = p.classes * part / p.class_blocks;
+      b.classes = p.classes * (part + 1) / p.class_blocks - b.first_class;
+      const auto exists = [&](int64_t s) {
+        return s / p.scale < chunk.region->rows && s % p.scale < chunk.region->columns;
+      };
+      for (int64_t s = pixel0, next; s < pixel1; s = next) {
+        for (next = s; next < pixel1 && exists(next);) ++next;
+        b.pixel = s, b.pixels = next - s, b.rows = b.pixels * b.classes;
+        b.rows ? block_of_tiles(chunk, block_piece, cell_piece, first, last, b, op) : (void)++next;
       }
     }
   }
 
-  void zero_sums(int64_t begin, int64_t end, int64_t cell_piece) const {
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t step;
-      A* sums = weight_sums(cell_piece, row, step);
-      for (int64_t c = 0; c < p.channels; ++c) sums[c] = 0;
-      static_cast<A*>(shared.grad_bias)[cell_piece * p.rows() + row] = 0;
+  template <typename Op>
+  void block_of_tiles(const Chunk& chunk, int64_t block_piece, int64_t cell_piece, int64_t first, int64_t last,
+                      Block<A>& b, Op& op) const {
+    load_block(b);
+    if (p.backward) {
+      __builtin_memset(b.grad_weight, 0, b.rows * padded * sizeof(A));
+      __builtin_memset(b.grad_bias, 0, b.rows * L * sizeof(A));
     }
+    for (int64_t t = first; t < last; ++t) {
+      const Tile at{shared.offset + t * tile, p.chunk_cells, least(tile, chunk.cells - t * tile)};
+      op.tile(b, x_tile(t), at);
+      if (p.backward) spread_gradient(b, t, at.cells, grad_x_tile(block_piece, t));
+    }
+    if (p.backward) add_weight_gradient(b, cell_piece);
   }
 
   // ---- what is left after the pieces of a chunk, and after all chunks ----
 
   void add_pieces(const Chunk& chunk, int64_t t) const {
     A* sums = grad_x_tile(0, t);
-    for (int64_t piece = 1; piece < p.pixel_pieces; ++piece) {
+    for (int64_t piece = 1; piece < p.block_pieces; ++piece) {
       const A* in = grad_x_tile(piece, t);
       for (int64_t e = 0; e < p.channels * tile; e += L) store(sums + e, load(sums + e) + load(in + e));
     }
@@ -413,22 +415,26 @@ struct Tiles {
     }
   }
 
+  void zero_sums(int64_t begin, int64_t end) const {
+    for (int64_t piece = 0; piece < p.cell_pieces; ++piece)
+      for (int64_t row = begin; row < end; ++row) {
+        A* sums = weight_sums(piece, row);
+        for (int64_t c = 0; c < p.channels; ++c) sums[c] = 0;
+        *bias_sum(piece, row) = 0;
+      }
+  }
+
   // Rows of the weight gradient: pieces are added up and stored.
   void finish(int64_t begin, int64_t end) const {
     const A factor = A(1 / p.temperature);
-    if (p.chunks.empty())
-      for (int64_t piece = 0; piece < p.cell_pieces; ++piece) zero_sums(begin, end, piece);
     for (int64_t row = begin; row < end; ++row) {
-      int64_t step;
-      A* sums = weight_sums(0, row, step);
-      A* bias_sum = static_cast<A*>(shared.grad_bias) + row;
+      A *sums = weight_sums(0, row), *bias = bias_sum(0, row);
       for (int64_t piece = 1; piece < p.cell_pieces; ++piece) {
-        const A* in = weight_sums(piece, row, step);
+        const A* in = weight_sums(piece, row);
         for (int64_t c = 0; c < p.channels; ++c) sums[c] += in[c];
-        *bias_sum += bias_sum[piece * p.rows()];
+        *bias += *bias_sum(piece, row);
       }
-      if (p.grad_bias)
-        narrow(Vec<A>{} + *bias_sum * factor, static_cast<T*>(p.grad_bias) + row * p.grad_bias_row, 1);
+      if (p.grad_bias) narrow(Vec<A>{} + *bias * factor, static_cast<T*>(p.grad_bias) + row * p.grad_bias_row, 1);
       if (p.sums_in_place()) continue;
       T* out = static_cast<T*>(p.grad_weight) + row * p.grad_weight_row;
       if (p.grad_weight_channel == 1) {
