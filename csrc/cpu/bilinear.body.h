@@ -292,9 +292,7 @@ struct Items {
       for (int e = 0; e < N; ++e) {
         const Ints<A> x = Pack<int32_t, L>::at(pixel + (i + e) * width + j);
         const typename P::vec value = gather(row, (x > 0 ? x : 0) * static_cast<int32_t>(pixel_stride));
-        E chosen[L];
-        for (int l = 0; l < L; ++l) chosen[l] = x[l] < 0 ? none : value[l];
-        out[e] = P::at(chosen);
+        for (int l = 0; l < L; ++l) out[e][l] = x[l] < 0 ? none : value[l];
       }
       return;
     }

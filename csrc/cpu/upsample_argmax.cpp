@@ -3,10 +3,10 @@
 //   one map    label = argmax_k bilinear(logits_k),  confidence = 1 / sum_k exp(z_k - max_k z)
 //   several    label = argmax_k mean_m softmax_k(bilinear(logits_m)),  confidence = that mean
 //
-// One map: a lane holds one interval between columns and registers its pixels, as in upsample_cross_entropy: a multiply
-// and add, a comparison and two selections per logit, which bound it; no exponential for labels alone. Several maps have
-// intervals of their own, so blocks of pixels gather their columns and add up softmaxes. Logits are made finite as they
-// are fetched (NaN as infinity), so that their differences are.
+// One map: a lane holds one interval between columns and registers its pixels, as in upsample_cross_entropy: a
+// multiply and add, a comparison and two selections per logit, which bound it; no exponential for labels alone.
+// Several maps have intervals of their own, so blocks of pixels gather their columns and add up softmaxes. Logits are
+// made finite as they are fetched (NaN as infinity), so that their differences are.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

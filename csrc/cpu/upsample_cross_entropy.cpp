@@ -6,16 +6,17 @@
 //              dlogits = bilinear^T(dz)
 //
 // Along a row the logits of the pixels between two columns are equally spaced, so their exponentials are a geometric
-// sequence: two exponentials, then a product per pixel. A lane holds one interval between columns, and the pixels of an
-// interval ("phases") follow one another in registers: interpolating needs neither gathers nor permutes. Backward sums
-// what an interval gives to its four corners in registers, where the exponentials form a sequence from one output row
-// to the next too. A source row is fetched once, as planes (z_k - max_k z_k) log2(e), whatever its strides and dtype.
-// bilinear(max_k z) bounds every z, so nothing overflows; blocks with a column that spreads over more than 2^90 take the
-// exponential of every pixel. Pixels and lanes are exchanged by interleaving, by gathers where intervals are uneven.
-// Downwards a lane is a pixel with two columns of its own. Forward tasks are output rows, backward tasks source rows,
-// which recompute the output rows that two tasks share: a source row is summed by one task in ascending order, however
-// the work is split. Bound by the arithmetic of the exponentials and, with few classes, by the labels of the pixels.
-// Tried: losses in the order of pixels (gathers took twice the time of the sums), sums of the four corners in planes.
+// sequence: two exponentials, then a product per pixel. A lane holds one interval between columns, and the pixels of
+// an interval ("phases") follow one another in registers: interpolating needs neither gathers nor permutes. Backward
+// sums what an interval gives to its four corners in registers, where the exponentials form a sequence from one
+// output row to the next too. A source row is fetched once, as planes (z_k - max_k z_k) log2(e), whatever its strides
+// and dtype. bilinear(max_k z) bounds every z, so nothing overflows; blocks with a column that spreads over more than
+// 2^90 take the exponential of every pixel. Pixels and lanes are exchanged by interleaving, by gathers where
+// intervals are uneven. Downwards a lane is a pixel with two columns of its own. Forward tasks are output rows,
+// backward tasks source rows, which recompute the output rows that two tasks share: a source row is summed by one
+// task in ascending order, however the work is split. Bound by the arithmetic of the exponentials and, with few
+// classes, by the labels of the pixels. Tried: losses in the order of pixels (gathers took twice the time of the
+// sums), sums of the four corners in planes.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
