@@ -525,7 +525,8 @@ def _plan_backward(
     strips = triton.cdiv(size[0], strip)
     longest = bilinear.cells(size[1], full[1], align_corners)[1]
     parts = triton.cdiv(longest, 9)
-    class_block = triton.cdiv(classes, triton.cdiv(classes, 8))
+    # As many classes as registers hold; unequal cells have more positions and weights of their own.
+    class_block = triton.cdiv(classes, triton.cdiv(classes, 8 if geometry["FACTOR_X"] else 6))
     blocks = triton.cdiv(strips * cells, 31)
     px = triton.cdiv(longest, parts)
     maps = (lse, target, grad_loss) if grad_loss.ndim else (lse, target)
