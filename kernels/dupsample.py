@@ -249,7 +249,7 @@ def _plan_backward(
     sums, has_bias = accumulator(x), bias is not None
     slices, blocks = triton.cdiv(x.shape[1], args["SLICE_C"]), args["blocks"]
     args |= {"grad_out": grad_out, "grad_out_strides": grad_out.stride(), "slices": slices, "temperature": temperature}
-    num_stages = 3 if args["SLICE_C"] <= 64 else 2
+    num_warps, num_stages = (4, 3) if args["SLICE_C"] <= 64 else (8, 2)
 
     programs = triton.cdiv(args["count"], args["BLOCK_M"]) * slices
     parts = parts_for(programs, scale_factor * blocks, grad_x)
@@ -257,7 +257,7 @@ def _plan_backward(
     for_x = {**args, "grad_x": to_x, "grad_x_strides": grad_x.stride(), "part_stride": grad_x.numel()}
     for_x |= {"parts": parts, "WHOLE": parts == 1, "ALIGN": layout(grad_x)}
     del for_x["x"], for_x["x_strides"]
-    launches = [Launch(_backward_x, (programs * parts,), for_x, 4, num_stages)]
+    launches = [Launch(_backward_x, (programs * parts,), for_x, num_warps, num_stages)]
     if parts > 1:
         launches.append(sum_parts(grad_x, to_x, temperature))
 
@@ -278,7 +278,7 @@ def _plan_backward(
         "parts": parts,
         "WHOLE": parts == 1,
     }
-    launches.append(Launch(_backward_weight, (programs * parts,), for_weight, 4, num_stages))
+    launches.append(Launch(_backward_weight, (programs * parts,), for_weight, num_warps, num_stages))
     if parts > 1:
         launches.append(sum_parts(grad_weight, to_weight, temperature))
         if has_bias:
