@@ -167,7 +167,7 @@ def _mean(
     for m in tl.static_range(MAPS):
         i, down = source_cell(y, sizes[m][0], full[0], CORNERS, ACC)
         j, across = source_cell(x, sizes[m][1], full[1], CORNERS, ACC)
-        plane = logits[m] + tl.multiple_of(image * logits_strides[m][0], ALIGNS[m])
+        plane = logits[m] + image * logits_strides[m][0]
         at = corner_offsets(i, j, sizes[m], logits_strides[m], ALIGNS[m])
         top = tl.full([BLOCK], LOWEST, ACC)
         total = tl.zeros([BLOCK], ACC)
