@@ -570,10 +570,9 @@ def _weight_sum(class_weight: Tensor | None, label_smoothing: float) -> Tensor |
 
 def aot_cases() -> list[tuple[str, Launch]]:
     """The shipped configurations, named upsample_cross_entropy/kernel/dtype/layout/factor/corner convention."""
-    settings = [("bf16", layout, factor, False) for layout in ("nchw", "channels_last") for factor in (4, 8)]
-    settings += [("bf16", "nchw", factor, True) for factor in (4, 8)]
-    settings += [("fp32", "nchw", 4, False), ("fp32", "nchw", 8, False), ("fp32", "channels_last", 4, False)]
-    settings += [("fp16", "nchw", 4, False), ("fp64", "nchw", 4, False)]
+    # Each takes a compiler ten seconds or more.
+    settings = [("bf16", "nchw", 4, False), ("bf16", "nchw", 8, False), ("bf16", "channels_last", 4, False)]
+    settings += [("bf16", "nchw", 4, True), ("fp32", "nchw", 4, False), ("fp16", "nchw", 4, False)]
     cases = []
     for dtype, layout, factor, corners in settings:
         logits, full = bilinear.aot_logits(dtype, layout, factor)
