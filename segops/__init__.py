@@ -14,6 +14,8 @@ from .ops.dupsample import dupsample
 from .ops.dupsample_argmax import dupsample_argmax
 from .ops.dupsample_cross_entropy import dupsample_cross_entropy
 from .ops.local_attention import local_attention
+from .ops.msca import msca
+from .ops.multi_scale_strip_conv import multi_scale_strip_conv
 from .ops.upsample_argmax import upsample_argmax
 from .ops.upsample_cross_entropy import upsample_cross_entropy
 
@@ -31,6 +33,8 @@ __all__ = [
     "info",
     "local_attention",
     "metrics",
+    "msca",
+    "multi_scale_strip_conv",
     "nn",
     "ops",
     "record",

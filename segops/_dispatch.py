@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.abc
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +100,7 @@ class Op:
         fake: Outputs of the right shape, dtype and strides, from the arguments of the schema.
         backends: Device type to rows, the preferred one first.
         autocast: Arguments that autocast casts to its dtype on the way in.
+        flops: What FlopCounterMode counts, from the op's arguments with shapes in place of tensors.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Op:
         fake: Callable[..., Any],
         backends: Mapping[str, Sequence[Backend]],
         autocast: Sequence[str] = (),
+        flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -122,7 +126,10 @@ class Op:
         self.overload = getattr(torch.ops.segops, name).default
         self.arguments = [argument.name for argument in self.overload._schema.arguments]
         self.autocast = tuple(autocast)
+        self.flops = flops
         OPS[name] = self
+        if _FLOP_COUNTER in sys.modules:
+            self._register_flops()
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
         torch.library.register_autograd(f"segops::{self.name}", backward, setup_context=setup_context, lib=_library)
@@ -134,6 +141,12 @@ class Op:
             ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
 
         self.register_autograd(lambda ctx, *grads: (None,) * len(self.arguments), setup)
+
+    def _register_flops(self) -> None:
+        if self.flops is not None:
+            formula = self.flops
+            register = sys.modules[_FLOP_COUNTER].register_flop_formula(getattr(torch.ops.segops, self.name))
+            register(lambda *args, out_shape=None, **kwargs: formula(*args, **kwargs))
 
     def __call__(self, *args: Any) -> Any:
         """Runs the op if a backend accepts the call, else the reference: eager, differentiable, compiles."""
@@ -212,6 +225,33 @@ class Op:
             warnings.warn(
                 f"segops.{self.name} runs on {backend!r}: backend {row.name!r} refused, {reason}", stacklevel=4
             )
+
+
+_FLOP_COUNTER = "torch.utils.flop_counter"
+
+
+class _FlopCounterFinder(importlib.abc.MetaPathFinder):
+    """Registers the FLOP formulas when somebody imports the counter: it imports triton, which segops must not."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != _FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                for op in OPS.values():
+                    op._register_flops()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _FLOP_COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _FlopCounterFinder())
 
 
 class _Explained(Exception):

@@ -7,6 +7,8 @@ from . import (
     dupsample_argmax,
     dupsample_cross_entropy,
     local_attention,
+    msca,
+    multi_scale_strip_conv,
     upsample_argmax,
     upsample_cross_entropy,
 )
@@ -17,6 +19,8 @@ __all__ = [
     "dupsample_argmax",
     "dupsample_cross_entropy",
     "local_attention",
+    "msca",
+    "multi_scale_strip_conv",
     "upsample_argmax",
     "upsample_cross_entropy",
 ]

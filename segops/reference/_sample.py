@@ -40,7 +40,7 @@ class Uniform:
         return self.low + (self.high - self.low) * torch.rand(self.shape, generator=generator, dtype=torch.float64)
 
 
-Spec = Shape | list[Shape] | Labels | Uniform
+Spec = Shape | list[Any] | Labels | Uniform | None
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Sample:
 
     Attributes:
         name: What is special about the sample; the test's id.
-        shapes: Argument name to a shape (normal numbers), a list of shapes (a list of tensors), ``Labels`` or
-            ``Uniform``.
+        shapes: Argument name to a shape (normal numbers), ``Labels``, ``Uniform``, None (an absent tensor), or a list
+            of these (a list of tensors, of any depth).
         kwargs: Every other argument.
         tiny: Small enough for gradcheck and for backends that are interpreted or emulated.
         scale: Standard deviation of the normal inputs.
@@ -71,6 +71,8 @@ class Sample:
         def draw(spec: Spec) -> Any:
             if isinstance(spec, list):
                 return [draw(shape) for shape in spec]
+            if spec is None:
+                return None
             if isinstance(spec, tuple):
                 normal = torch.randn(spec, generator=generator, dtype=torch.float64)
                 return (self.scale * normal).to(device, dtype)

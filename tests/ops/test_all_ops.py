@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import segops
 from segops import _dispatch
@@ -63,7 +64,7 @@ WITH_GRADIENT = [(name, sample) for name, sample in TINY if differentiable(sampl
 
 def apply(function, tensors):
     """To every tensor, those in lists too."""
-    return {key: [function(y) for y in x] if isinstance(x, list) else function(x) for key, x in tensors.items()}
+    return tree_map_only(torch.Tensor, function, tensors)
 
 
 def as_float(dtype):
@@ -71,11 +72,12 @@ def as_float(dtype):
 
 
 def leaves(sample, tensors):
-    """The tensors anew, of which the differentiable ones require a gradient, and these."""
+    """The tensors anew, of which the differentiable ones require a gradient, and these by name."""
     inputs = apply(torch.Tensor.detach, tensors)
-    wanted = [key for key in differentiable(sample) if key in inputs]
-    for key in wanted:
-        inputs[key].requires_grad_()
+    wanted = {}
+    for key in differentiable(sample):
+        found = [x.requires_grad_() for x in tree_leaves(inputs[key]) if x is not None]
+        wanted |= {key if len(found) == 1 else f"{key} {i}": x for i, x in enumerate(found)}
     return inputs, wanted
 
 
@@ -91,7 +93,7 @@ def run(name, sample, tensors, *, weights=None):
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
     cotangents = [w.to(out.device, out.dtype) for w, out in zip(weights, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, [inputs[key] for key in wanted], cotangents)
+    gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
     return values | {f"gradient of {key}": gradient for key, gradient in zip(wanted, gradients, strict=True)}
 
 
@@ -151,7 +153,7 @@ def check(lane, name, sample, tensors, dtype):
 
 
 def size_of(tensors):
-    return sum(x.numel() for value in tensors.values() for x in (value if isinstance(value, list) else [value]))
+    return sum(x.numel() for x in tree_leaves(tensors) if x is not None)
 
 
 @every_lane
@@ -201,7 +203,9 @@ def test_any_strides(lane, layout, dtype, name, sample):
 
 
 def is_map(key, spec):
-    return isinstance(spec, (Labels, list)) or (key != "weight" and len(getattr(spec, "shape", spec)) == 4)
+    if key in ("weight", "proj_weight", "strips"):
+        return False
+    return isinstance(spec, (Labels, list)) or (spec is not None and len(getattr(spec, "shape", spec)) == 4)
 
 
 def far_apart(x):
@@ -248,10 +252,12 @@ def test_gradcheck(lane, name, sample):
     if lane.slow and sample.name not in ("smaller_than_window", "shift", "cropped", "corners"):
         pytest.skip("interpreted and emulated lanes take few samples: gradcheck calls the op hundreds of times")
     inputs, wanted = leaves(sample, sample.tensors(torch.float64, lane.device))
-    tensors = [inputs[key] for key in wanted]
+    tensors = list(wanted.values())
+    flat, structure = tree_flatten(inputs)
 
     def function(*tensors):
-        return FUNCTIONS[name](**{**inputs, **dict(zip(wanted, tensors, strict=True))}, **sample.kwargs)
+        anew = {id(old): new for old, new in zip(wanted.values(), tensors, strict=True)}
+        return FUNCTIONS[name](**tree_unflatten([anew.get(id(x), x) for x in flat], structure), **sample.kwargs)
 
     with lane.active():
         torch.autograd.gradcheck(function, tensors, fast_mode=lane.slow or sum(x.numel() for x in tensors) > 150)
@@ -305,10 +311,10 @@ def resized(sample, dh, dw):
     return replace(sample, shapes={key: grow(key, spec) for key, spec in sample.shapes.items()})
 
 
-def gradients_of_sum(outputs, inputs, wanted):
+def gradients_of_sum(outputs, wanted):
     if not wanted:
         return ()
-    return torch.autograd.grad([o.sum() for o in outputs], [inputs[key] for key in wanted])
+    return torch.autograd.grad([o.sum() for o in outputs], list(wanted.values()))
 
 
 @every_lane
@@ -330,7 +336,7 @@ def test_compile_fullgraph_dynamic(lane, name, sample):
             inputs, wanted = leaves(sample, resized(sample, dh, dw).tensors(torch.float32, lane.device))
             counted(**inputs)
             expected, actual = outputs_of(function(**inputs)), outputs_of(compiled(**inputs))
-            grads = [gradients_of_sum(outputs, inputs, wanted) for outputs in (actual, expected)]
+            grads = [gradients_of_sum(outputs, wanted) for outputs in (actual, expected)]
             for a, b in zip((*actual, *grads[0]), (*expected, *grads[1]), strict=True):
                 if lane.backend == "reference":  # taken apart by the compiler
                     torch.testing.assert_close(a, b)
@@ -354,7 +360,7 @@ def test_compile_inductor(name, sample, backward):
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
     if backward:
-        got, want = (gradients_of_sum(outputs, inputs, wanted) for outputs in (actual, expected))
+        got, want = (gradients_of_sum(outputs, wanted) for outputs in (actual, expected))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -368,7 +374,12 @@ def test_export(name, sample):
     auto = torch.export.Dim.AUTO
     tensors = sample.tensors(torch.float32)
     shapes = tuple(
-        {x.dim() - 2: auto, x.dim() - 1: auto} if is_map(key, sample.shapes[key]) else {} for key, x in tensors.items()
+        tree_map_only(
+            torch.Tensor,
+            lambda x, key=key: {x.dim() - 2: auto, x.dim() - 1: auto} if is_map(key, sample.shapes[key]) else {},
+            value,
+        )
+        for key, value in tensors.items()
     )
     program = torch.export.export(Layer(), tuple(tensors.values()), dynamic_shapes=(shapes,))
     larger = resized(sample, 5, 3).tensors(torch.float32).values()
@@ -380,11 +391,14 @@ def test_export(name, sample):
 @cases([pair for pair in FIRST if floats(pair[1])], [torch.bfloat16, torch.float16])
 def test_autocast(lane, dtype, name, sample):
     """The user's autocast dtype reaches the arguments that the op lowers, also from inputs of mixed dtypes; float64
-    stays float64."""
+    stays float64. What the op knows by no name of its own was packed into arguments that it lowers."""
     function = partial(FUNCTIONS[name], **sample.kwargs)
-    cast = _dispatch.OPS[name].autocast
+    op = _dispatch.OPS[name]
     tensors = sample.tensors(torch.float32, lane.device)
-    lowered = {key: x.to(dtype) if key in cast else x for key, x in tensors.items()}
+    lowered = {
+        key: apply(lambda x: x.to(dtype), x) if key in op.autocast or key not in op.arguments else x
+        for key, x in tensors.items()
+    }
     mixed = {key: lowered[key] if i else x for i, (key, x) in enumerate(tensors.items())}
     inputs, wanted = leaves(sample, tensors)
     with lane.active():
@@ -393,7 +407,7 @@ def test_autocast(lane, dtype, name, sample):
             actual = outputs_of(function(**mixed))
             double = outputs_of(function(**apply(as_float(torch.float64), tensors)))
             outputs = [out.float().sum() for out in outputs_of(function(**inputs))]
-        gradients = torch.autograd.grad(outputs, [inputs[key] for key in wanted]) if wanted else ()
+        gradients = torch.autograd.grad(outputs, list(wanted.values())) if wanted else ()
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
