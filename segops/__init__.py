@@ -16,6 +16,7 @@ from .ops.dupsample_cross_entropy import dupsample_cross_entropy
 from .ops.local_attention import local_attention
 from .ops.msca import msca
 from .ops.multi_scale_strip_conv import multi_scale_strip_conv
+from .ops.nmf2d import nmf2d
 from .ops.upsample_argmax import upsample_argmax
 from .ops.upsample_cross_entropy import upsample_cross_entropy
 
@@ -35,6 +36,7 @@ __all__ = [
     "metrics",
     "msca",
     "multi_scale_strip_conv",
+    "nmf2d",
     "nn",
     "ops",
     "record",

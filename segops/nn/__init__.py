@@ -4,13 +4,22 @@ from .aspp import ASPP
 from .dupsampling import CompressedLabelLoss, DUpsampling, DUpsamplingDecoder
 from .gald import GALDHead, LocalDistributionV2
 from .label_autoencoder import LabelAutoencoder
+from .light_ham import LightHamHead, MLPHead
+from .mscan import MSCA, MSCAN
+from .segnext import SegmentationModel, SegNeXt
 
 __all__ = [
     "ASPP",
+    "MSCA",
+    "MSCAN",
     "CompressedLabelLoss",
     "DUpsampling",
     "DUpsamplingDecoder",
     "GALDHead",
     "LabelAutoencoder",
+    "LightHamHead",
     "LocalDistributionV2",
+    "MLPHead",
+    "SegNeXt",
+    "SegmentationModel",
 ]

@@ -26,12 +26,13 @@ def conv_bn(
     activate: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> nn.Sequential:
-    """Children ``conv``, ``bn`` and ``act``; padded so that stride 1 keeps the size."""
+    """Children ``conv``, ``bn`` (``gn`` for a GroupNorm) and ``act``; padded so that stride 1 keeps the size."""
     padding = dilation * (kernel_size // 2)
+    norm = norm_layer(out_channels)
     layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv=nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False),
-        bn=norm_layer(out_channels),
+        conv=nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
     )
+    layers["gn" if isinstance(norm, nn.GroupNorm) else "bn"] = norm
     if activate:
         layers["act"] = nn.ReLU()
     return nn.Sequential(layers)

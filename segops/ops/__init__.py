@@ -9,6 +9,7 @@ from . import (
     local_attention,
     msca,
     multi_scale_strip_conv,
+    nmf2d,
     upsample_argmax,
     upsample_cross_entropy,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "local_attention",
     "msca",
     "multi_scale_strip_conv",
+    "nmf2d",
     "upsample_argmax",
     "upsample_cross_entropy",
 ]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 import segops
 from segops import _dispatch
-from segops.reference._sample import Labels
+from segops.reference._sample import Labels, Uniform
 from segops.testing import TOLERANCES, assert_close
 
 from .lanes import DTYPES, every_lane, outputs_of
@@ -306,6 +306,8 @@ def resized(sample, dh, dw):
         if isinstance(spec, Labels):
             n, h, w = spec.shape
             return replace(spec, shape=(n, h + scale * dh, w + scale * dw))
+        if isinstance(spec, Uniform):
+            return replace(spec, shape=grow(key, spec.shape))
         return (*spec[:2], spec[2] + dh, spec[3] + dw) if is_map(key, spec) else spec
 
     return replace(sample, shapes={key: grow(key, spec) for key, spec in sample.shapes.items()})
