@@ -6,6 +6,7 @@ from .gald import GALDHead, LocalDistributionV2
 from .label_autoencoder import LabelAutoencoder
 from .light_ham import LightHamHead, MLPHead
 from .mscan import MSCA, MSCAN
+from .official import official_state_dict
 from .segnext import SegmentationModel, SegNeXt
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "MLPHead",
     "SegNeXt",
     "SegmentationModel",
+    "official_state_dict",
 ]

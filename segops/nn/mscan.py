@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
@@ -247,7 +246,8 @@ class MSCAN(nn.Module):
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": 4 << i, "module": f"norm{i + 1}"} for i, width in enumerate(embed_dims)
         ]
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        total = sum(depths)
+        rates = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
         for i, (width, depth, ratio) in enumerate(zip(embed_dims, depths, mlp_ratios, strict=True)):
             embed = _PatchEmbed(embed_dims[i - 1], width, norm_layer) if i else _Stem(in_chans, width, norm_layer)
             blocks = [
@@ -291,9 +291,7 @@ class MSCAN(nn.Module):
         maps, x = [], image
         for i in range(1, 5):
             x = getattr(self, f"block{i}")(getattr(self, f"patch_embed{i}")(x))
-            norm = getattr(self, f"norm{i}")
-            x = F.layer_norm(x.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-            x = x.permute(0, 3, 1, 2)
+            x = getattr(self, f"norm{i}")(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             maps.append(x)
         return maps
 
