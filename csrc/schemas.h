@@ -57,6 +57,13 @@ inline constexpr std::string_view upsample_argmax =
     "(Tensor(a!) labels, Tensor(b!) confidence, Tensor[] logits, bool align_corners) -> ()";
 inline constexpr std::string_view confusion_matrix =
     "(Tensor(a!) counts, Tensor prediction, Tensor target, int ignore_index) -> int";
+// bases, coefficients and history are float32, or float64 beside float64 tensors; the last two may be [0].
+inline constexpr std::string_view nmf2d =
+    "(Tensor(a!) out, Tensor(b!) coefficients, Tensor(c!) history, Tensor x, Tensor bases, int steps, bool one_step, "
+    "float eps) -> ()";
+inline constexpr std::string_view nmf2d_backward =
+    "(Tensor(a!) grad_x, Tensor(b!) grad_bases, Tensor grad_out, Tensor x, Tensor bases, Tensor coefficients, "
+    "Tensor history, bool one_step, float eps) -> ()";
 // Caps the instruction set of the CPU kernels (0 base, 1 avx2, 2 avx512) and returns the one in force.
 inline constexpr std::string_view cpu_isa = "(int cap) -> int";
 

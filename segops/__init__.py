@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import compat, dupsampling, metrics, nn, ops, reference
 from ._dispatch import BackendError, explain, record, use_backend
+from ._fuse import fuse, unfuse
 from ._info import info
 from .ops.confusion_matrix import confusion_matrix
 from .ops.dupsample import dupsample
@@ -31,6 +32,7 @@ __all__ = [
     "dupsample_cross_entropy",
     "dupsampling",
     "explain",
+    "fuse",
     "info",
     "local_attention",
     "metrics",
@@ -41,6 +43,7 @@ __all__ = [
     "ops",
     "record",
     "reference",
+    "unfuse",
     "upsample_argmax",
     "upsample_cross_entropy",
     "use_backend",

@@ -21,6 +21,7 @@ ABSENT: dict[tuple[str, str], str] = {
     ("dupsample_argmax", "csrc/cuda/{}.cu"): "a matrix product wants tensor cores, which are Triton's",
     ("upsample_cross_entropy", "csrc/cuda/{}.cu"): "no halo and no gather: nothing that Triton does badly",
     ("upsample_argmax", "csrc/cuda/{}.cu"): "no halo and no gather: nothing that Triton does badly",
+    ("nmf2d", "csrc/cuda/{}.cu"): "matrix products want tensor cores, which are Triton's",
     ("confusion_matrix", "csrc/cuda/{}.cu"): "bound by the bytes of the labels",
 }
 
@@ -28,6 +29,7 @@ ABSENT: dict[tuple[str, str], str] = {
 ALLOWED = {
     "segops/nn": {"segops.ops", "segops.nn", "segops._checks", "segops"},
     "segops/compat.py": {"segops.ops", "segops._checks"},
+    "segops/_fuse.py": {"segops.ops", "segops.nn", "segops.testing"},
     "segops/ops": {"segops.ops", "segops._dispatch", "segops._checks", "segops.reference"},
     "segops/reference": {"segops.reference"},
     "kernels": {"kernels", "segops.kernels"},

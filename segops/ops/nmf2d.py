@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
-from .._dispatch import Op
+from .. import _checks, _dispatch
+from .._dispatch import Compiled, Op
 from ..reference.nmf2d import nmf2d as reference
 from ._gradients import differentiate_through_reference, pull_back
 
@@ -17,6 +18,7 @@ __all__ = ["nmf2d"]
 
 NAME = "nmf2d"
 GRADS = ("unrolled", "one_step")
+NO_CUDA = "no CUDA C++: matrix products want tensor cores, which are Triton's"
 
 
 def nmf2d(
@@ -54,9 +56,9 @@ def nmf2d(
         TypeError: dtypes that are not floating-point.
 
     Everything runs in float32 (float64 for float64), under autocast too. Gradients reach x and, unrolled, bases, twice.
-    Backward keeps x and two small factors per update, 2 (steps + 1) H W R numbers per image at most. The same bases
-    give the same result, bit for bit, on every run. Backends: matrix products of torch with fused updates in C++ (CPU)
-    and Triton (GPU); ``segops.explain`` says which.
+    Backward keeps x and every update of both factors, about (steps + 2) (H W + C) R numbers per image. The same bases
+    give the same result, bit for bit, on every run. Backends: C++ (CPU), Triton (GPU);
+    ``segops.explain`` says which.
 
     Example:
         >>> x = torch.rand(2, 64, 16, 24)
@@ -98,7 +100,7 @@ def _history(x: Tensor, bases: Tensor, steps: int, grad: str) -> tuple[tuple[int
     n, c, h, w = x.shape
     r = bases.shape[2]
     unrolled = grad == "unrolled"
-    return (n, h * w, steps + 2 if unrolled else 1, r), (n, steps if unrolled else 1, c, r)
+    return (n, steps + 2 if unrolled else 1, h * w, r), (n, steps if unrolled else 1, c, r)
 
 
 def _empty(x: Tensor, bases: Tensor, steps: int, grad: str, training: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,15 +111,19 @@ def _empty(x: Tensor, bases: Tensor, steps: int, grad: str, training: bool) -> t
     return out, bases.new_empty(coefficient_shape), bases.new_empty(base_shape)
 
 
+def _empty_gradients(x: Tensor, bases: Tensor, for_bases: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), bases.new_empty(bases.shape if for_bases else 0)
+
+
 def _fake(x, bases, steps, grad, eps, training):
     return _empty(x, bases, steps, grad, training)
 
 
-def _fake_backward(grad_out, x, bases, coefficient_factors, base_factors, steps, grad, eps, for_bases):
-    return torch.empty_like(x), torch.empty_like(bases) if for_bases else bases.new_empty(0)
+def _fake_backward(grad_out, x, bases, coefficients, history, steps, grad, eps, for_bases):
+    return _empty_gradients(x, bases, for_bases)
 
 
-def _reference_backward(grad_out, x, bases, coefficient_factors, base_factors, steps, grad, eps, for_bases):
+def _reference_backward(grad_out, x, bases, coefficients, history, steps, grad, eps, for_bases):
     def out(x, bases_or_none):
         return reference(x, bases if bases_or_none is None else bases_or_none, steps, grad, eps)[:1]
 
@@ -141,6 +147,46 @@ def _backward(ctx, grad_out, *_):
     return (grad_x, grad_bases if for_bases else None, *(None,) * 4)
 
 
+def _why_not(x: Tensor, *args: Any) -> str | None:
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"dtype {x.dtype}"
+    return None
+
+
+def _native(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(x, bases, steps, grad, eps, training):
+        outputs = _empty(x, bases, steps, grad, training)
+        compiled.nmf2d(*outputs, x, bases, steps, grad == "one_step", eps)
+        return outputs
+
+    return run
+
+
+def _native_backward(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(grad_out, x, bases, coefficients, history, steps, grad, eps, for_bases):
+        gradients = _empty_gradients(x, bases, for_bases)
+        compiled.nmf2d_backward(*gradients, grad_out, x, bases, coefficients, history, grad == "one_step", eps)
+        return gradients
+
+    return run
+
+
+def _triton(x, bases, steps, grad, eps, training):
+    outputs = _empty(x, bases, steps, grad, training)
+    _dispatch.kernels(NAME).forward(*outputs, x, bases, steps, grad, eps)
+    return outputs
+
+
+def _triton_backward(grad_out, x, bases, coefficients, history, steps, grad, eps, for_bases):
+    gradients = _empty_gradients(x, bases, for_bases)
+    _dispatch.kernels(NAME).backward(*gradients, grad_out, x, bases, coefficients, history, grad, eps)
+    return gradients
+
+
 def _products(x: Sequence[int], bases: Sequence[int]) -> tuple[int, int, int]:
     """FLOPs of X^T B, of B^T B and of C (B^T B), and of what costs as much as each."""
     n, c, h, w = x
@@ -153,7 +199,7 @@ def _flops(x, bases, steps, grad, eps, training):
     return (2 * steps + 3) * large + (2 * steps + 1) * (small + square)
 
 
-def _backward_flops(grad_out, x, bases, coefficient_factors, base_factors, steps, grad, eps, for_bases):
+def _backward_flops(grad_out, x, bases, coefficients, history, steps, grad, eps, for_bases):
     large, small, square = _products(x, bases)
     if grad == "one_step":
         return 2 * large
@@ -166,18 +212,20 @@ OP = Op(
     "(Tensor x, Tensor bases, int steps, str grad, float eps, bool training) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends={},
+    backends=_dispatch.backends(native=Compiled(NAME, _native), triton=_triton, cuda=NO_CUDA, why_not=_why_not),
     flops=_flops,
 )
 OP.register_autograd(_backward, _setup_context)
 
 BACKWARD = Op(
     f"{NAME}_backward",
-    "(Tensor grad_out, Tensor x, Tensor bases, Tensor coefficient_factors, Tensor base_factors, int steps, str grad, "
+    "(Tensor grad_out, Tensor x, Tensor bases, Tensor coefficients, Tensor history, int steps, str grad, "
     "float eps, bool for_bases) -> (Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    backends={},
+    backends=_dispatch.backends(
+        native=Compiled(f"{NAME}_backward", _native_backward), triton=_triton_backward, cuda=NO_CUDA, why_not=_why_not
+    ),
     flops=_backward_flops,
 )
-differentiate_through_reference(BACKWARD, ("grad_out", "x", "bases"), saved=("coefficient_factors", "base_factors"))
+differentiate_through_reference(BACKWARD, ("grad_out", "x", "bases"), saved=("coefficients", "history"))
