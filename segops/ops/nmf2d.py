@@ -177,13 +177,15 @@ def _native_backward(namespace):
 
 def _triton(x, bases, steps, grad, eps, training):
     outputs = _empty(x, bases, steps, grad, training)
-    _dispatch.kernels(NAME).forward(*outputs, x, bases, steps, grad, eps)
+    with torch.autocast(x.device.type, enabled=False):  # matrix products are torch's
+        _dispatch.kernels(NAME).forward(*outputs, x, bases, steps, grad, eps)
     return outputs
 
 
 def _triton_backward(grad_out, x, bases, coefficients, history, steps, grad, eps, for_bases):
     gradients = _empty_gradients(x, bases, for_bases)
-    _dispatch.kernels(NAME).backward(*gradients, grad_out, x, bases, coefficients, history, grad, eps)
+    with torch.autocast(x.device.type, enabled=False):
+        _dispatch.kernels(NAME).backward(*gradients, grad_out, x, bases, coefficients, history, grad, eps)
     return gradients
 
 
