@@ -75,8 +75,8 @@ class Folder:
         image, label = self.images[index], self.labels[index]
         if not label.exists():
             raise DataError(f"{image}: has no label {label}")
-        pixels = _decode(image, "RGB")
-        ids = _decode(label)
+        pixels = decode(image, "RGB")
+        ids = decode(label)
         if ids.ndim != 2:
             raise DataError(f"{label}: expected one channel of class ids, got an image of shape {ids.shape}")
         if ids.shape != pixels.shape[:2]:
@@ -85,7 +85,8 @@ class Folder:
         return pixels, ids.astype(np.int32)
 
 
-def _decode(path: Path, mode: str | None = None) -> np.ndarray:
+def decode(path: Path, mode: str | None = None) -> np.ndarray:
+    """The pixels of an image file; DataError if there are none."""
     try:
         with Image.open(path) as file:
             return np.asarray(file.convert(mode) if mode else file)
@@ -127,10 +128,15 @@ def open_folder(
     known = {entry["id"]: entry for entry in about.get("classes", ())}
     names, colours = [], []
     for i in range(num_classes):
-        hue = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.65, 0.9)  # the golden ratio spreads any number of hues
         names.append(str(known.get(i, {}).get("name", f"class {i}")))
-        colours.append(tuple(known.get(i, {}).get("rgb") or (int(255 * c) for c in hue)))
+        colours.append(tuple(known.get(i, {}).get("rgb") or colour_of(i)))
     return Classes(tuple(names), tuple(colours), ignore_index), *splits
+
+
+def colour_of(label: int) -> tuple[int, int, int]:
+    """For a class without a colour: the golden ratio spreads any number of hues."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 0.9)
+    return int(255 * red), int(255 * green), int(255 * blue)
 
 
 def _about(path: Path) -> dict:

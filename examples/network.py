@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import segops.dupsampling
-from segops.nn import ASPP, DUpsamplingDecoder, GALDHead
+from segops.nn import ASPP, DUpsamplingDecoder, GALDHead, SegNeXt
 
 
 class StreetNet(nn.Module):
@@ -63,6 +64,12 @@ def dupsampling(num_classes: int, *, width: int, dup_channels: int, learn_temper
     return StreetNet(Backbone((width // 2, width, 2 * width), deep=2 * width), head, context)
 
 
+def segnext(num_classes: int, *, size: str) -> StreetNet:
+    """SegNeXt-T, -S, -B or -L, its bases fixed so that an image has one prediction; logits at stride 8."""
+    model = SegNeXt(size, num_classes, bases="fixed")
+    return StreetNet(Encoder(model.backbone, len(model.decode_head.in_channels)), model.decode_head)
+
+
 def learn_w(model: StreetNet, labels: Iterable[Any], ignore_index: int) -> None:
     """Gives DUpsampling the principal components of the windows of label maps."""
     layer = model.decode_head.upsample
@@ -91,26 +98,49 @@ class Model:
 MODELS = {
     "gald": Model(gald, ("width", "kernel_size", "dilation", "num_heads", "border")),
     "dupsampling": Model(dupsampling, ("width", "dup_channels"), from_labels=learn_w),
+    **{f"segnext-{size}": Model(partial(segnext, size=size), ()) for size in "tsbl"},
 }
+
+
+class Normalize(nn.Module):
+    """[0, 1] to the mean and deviation of ImageNet."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class Encoder(nn.Module):
+    """Image to the last ``count`` maps of a backbone."""
+
+    def __init__(self, backbone: nn.Module, count: int) -> None:
+        super().__init__()
+        self.normalize, self.backbone, self.count = Normalize(), backbone, count
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.backbone(self.normalize(image))[-self.count :]
 
 
 class Backbone(nn.Module):
     """Image to features at strides 4 and 8, where the residual blocks are dilated 1, 2 and 4; and 16 if ``deep``."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, widths: tuple[int, int, int], deep: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        self.normalize = Normalize()
         stem, fine, coarse = widths
         self.fine = nn.Sequential(ConvBN(3, stem, stride=2), ConvBN(stem, fine, stride=2), Residual(fine))
         self.coarse = nn.Sequential(ConvBN(fine, coarse, stride=2), *(Residual(coarse, d) for d in (1, 2, 4)))
         self.deep = nn.Sequential(ConvBN(coarse, deep, stride=2), Residual(deep)) if deep else None
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        fine = self.fine((image - self.mean) / self.std)
+        fine = self.fine(self.normalize(image))
         coarse = self.coarse(fine)
         return (fine, coarse) if self.deep is None else (fine, coarse, self.deep(coarse))
 

@@ -4,6 +4,7 @@
     python examples/train.py --data CAMVID --steps 2000
     python examples/train.py --model dupsampling                    # W from the training labels
     python examples/train.py --model dupsampling --temperature-plot # and once more with T = 1
+    python examples/train.py --model segnext-t                      # SegNeXt; or -s, -b, -l
     python examples/train.py --resume runs/CAMVID/checkpoint.pt     # goes on where a run stopped
 
 A folder in CamVid layout holds train/ and val/ (images of any sizes), trainannot/ and valannot/ (<stem>.png, one
@@ -145,7 +146,9 @@ def arguments() -> argparse.ArgumentParser:
     group.add_argument("--stop-at", type=at_least(1), metavar="STEP", help="save there and end, to be resumed")
     group = parser.add_argument_group("network")
     group.add_argument("--model", choices=tuple(MODELS), default="gald", help="default: %(default)s")
-    group.add_argument("--width", type=at_least(8), default=64, metavar="C", help="of the decoder (%(default)s)")
+    group.add_argument(
+        "--width", type=at_least(8), default=64, metavar="C", help="of the decoder of gald, dupsampling (%(default)s)"
+    )
     group = parser.add_argument_group("network: gald")
     group.add_argument("--kernel-size", type=at_least(1), default=5, metavar="K", help="taps per axis (%(default)s)")
     group.add_argument("--dilation", type=at_least(1), default=3, metavar="R", help="between taps (%(default)s)")
@@ -267,6 +270,7 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "network": self.network,
             "classes": list(self.classes.names),
+            "colours": [list(colour) for colour in self.classes.colours],
             "data": str(self.args.data.resolve()) if self.args.data else None,
             "recipe": {name: getattr(self.args, name) for name in RECIPE},
         }
