@@ -23,6 +23,7 @@ from . import _bilinear as bilinear
 from ._bilinear import (
     LOG2E,
     LOWEST,
+    along_row,
     corner_offsets,
     lane_cells,
     load_corners,
@@ -49,12 +50,7 @@ def _absorb(
     new_label = ()
     new_total = ()
     for r in tl.static_range(PY):
-        left = ()
-        across = ()
-        for n in tl.static_range(COUNT):
-            a = values[0][n] + rows[r] * values[2][n]
-            left += (a,)
-            across += (values[1][n] + rows[r] * values[3][n] - a,)
+        left, across = along_row(values, rows[r], COUNT)
         for d in tl.static_range(PX):
             highest = best[r * PX + d]
             at = label[r * PX + d]
