@@ -44,6 +44,7 @@ RECIPE = (
     "model", "steps", "batch_size", "crop", "lr", "weight_decay", "seed", "width", "kernel_size", "dilation",
     "num_heads", "border", "dup_channels", "ignore_index", "num_classes",
 )  # fmt: skip
+TEMPERATURE_RATE = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,8 +67,10 @@ def test_fewest_and_most_classes(lane, classes):
     expected = F.cross_entropy(upsampled(logits.double(), (2, 3)), target, ignore_index=-1)
     with lane.active():
         actual = upsample_cross_entropy(logits, target, ignore_index=-1)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+        if lane.slow and classes == 1000:  # interpreted, the gradient takes half a minute
+            return
         (gradient,) = torch.autograd.grad(actual, logits)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0], rtol=1e-4, atol=1e-6)
 
 
