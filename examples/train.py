@@ -45,6 +45,7 @@ RECIPE = (
     "model", "steps", "batch_size", "crop", "lr", "weight_decay", "seed", "width", "kernel_size", "dilation",
     "num_heads", "border", "dup_channels", "ignore_index", "num_classes",
 )  # fmt: skip
+TEMPERATURE_RATE = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,11 +213,18 @@ class Run:
         }
         torch.manual_seed(args.seed)
         self.model = self.kind.build(**self.network).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        # AdamW moves a parameter by about its rate per step: at that of the others T would hardly leave 1.
+        named = list(self.model.named_parameters())
+        temperatures = [p for name, p in named if name.endswith("temperature")]
+        groups = [
+            {"params": [p for name, p in named if not name.endswith("temperature")]},
+            {"params": temperatures, "lr": TEMPERATURE_RATE * args.lr, "weight_decay": 0.0},
+        ][: 2 if temperatures else 1]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             # The warm-up must take more than one of OneCycleLR's steps, also in the shortest runs.
             self.optimizer,
-            args.lr,
+            [group["lr"] for group in self.optimizer.param_groups],
             total_steps=args.steps + 1,
             pct_start=max(0.2, 1.5 / (args.steps + 1)),
         )

@@ -200,6 +200,18 @@ def load_corners(
 
 
 @triton.jit
+def along_row(corners, down, COUNT: tl.constexpr):
+    """Of each class the left end of an output row, `down` of the way, and what is to be added to reach the right."""
+    left = ()
+    across = ()
+    for n in tl.static_range(COUNT):
+        a = corners[0][n] + down * corners[2][n]
+        left += (a,)
+        across += (corners[1][n] + down * corners[3][n] - a,)
+    return left, across
+
+
+@triton.jit
 def pixel_masks(
     x, row, end, full, PX: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip

@@ -274,7 +274,7 @@ def forward_configuration(channels: int, classes: int, itemsize: int) -> dict[st
     """Blocks of cells, channels and classes, warps and stages of the kernels that hold all logits of a pixel."""
     if itemsize == 2:
         block_m = 128 if channels <= 128 else 64
-        num_warps = 8 if classes > 64 and block_m == 128 else 4
+        num_warps = 8 if classes > 64 else 4
         return {**half_configuration(channels, classes, block_m, 64), "BLOCK_M": block_m, "num_warps": num_warps,
                 "num_stages": 3 if max(channels, classes) <= 64 else 2}  # fmt: skip
     if itemsize == 4:

@@ -138,7 +138,7 @@ def _forward(
             if BORDER == "mask":
                 s = tl.where(inside, s, -float("inf"))
             new_top = tl.maximum(new_top, s)
-            scores = scores + (s,)  # noqa: RUF005
+            scores += (s,)
         rescale = tl.exp2(top - new_top)
         top = new_top
         total *= rescale

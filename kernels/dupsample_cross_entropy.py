@@ -291,9 +291,9 @@ def _backward_weight(
                 weight_strides, (dy * R + group * GROUP + g) * K, first, K, WIDTH, ALIGN_W, WIDE
             )
             w = load_rows(weight, w_rows, w_inside, 0, weight_strides[1], C, BLOCK_C)
-        weights = weights + (w,)  # noqa: RUF005
-        sums = sums + (tl.zeros([SLICE_C, WIDTH], ACC),)  # noqa: RUF005
-        bias_sums = bias_sums + (tl.zeros([BLOCK_M, WIDTH], ACC),)  # noqa: RUF005
+        weights += (w,)
+        sums += (tl.zeros([SLICE_C, WIDTH], ACC),)
+        bias_sums += (tl.zeros([BLOCK_M, WIDTH], ACC),)
 
     blocks = tl.cdiv(count, BLOCK_M)
     for block in range(blocks * part // parts, blocks * (part + 1) // parts):
@@ -319,11 +319,11 @@ def _backward_weight(
                 )  # fmt: skip
             z = scaled(acc, bias, row, first, scale, K, WIDTH)
             dz = _gradient(z, first, log_sum, label, of_p, at_label, everywhere, class_weight, K, SMOOTHING)
-            new_sums = new_sums + (dot(tl.trans(tile), rounded(dz, tile.dtype, INTERPRET), sums[g], INTERPRET),)  # noqa: RUF005
+            new_sums += (dot(tl.trans(tile), rounded(dz, tile.dtype, INTERPRET), sums[g], INTERPRET),)
             bias_sum = bias_sums[g]
             if grad_bias is not None:
                 bias_sum += dz
-            new_bias_sums = new_bias_sums + (bias_sum,)  # noqa: RUF005
+            new_bias_sums += (bias_sum,)
         sums = new_sums
         bias_sums = new_bias_sums
 

@@ -1,8 +1,6 @@
 // What the upsampling kernels share: the pixels they work on, rows of logits as planes, and powers of two.
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+#include "cpu/arena.body.h"
 
 constexpr double ln2 = 0.69314718055994531, log2e = 1.4426950408889634;
 
@@ -124,18 +122,6 @@ void store_planes(const A* in, int64_t stride, int64_t classes, int64_t count, T
         narrow(Vec<A>{} + in[k * stride + x], out + k * class_stride + x * pixel_stride, 1);
   }
 }
-
-// Scratch memory is one allocation: each part takes what it needs, first to be counted, then for real.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <typename U>
-  U* take(int64_t count) {
-    U* at = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += round_up(count * int64_t(sizeof(U)), 64);
-    return at;
-  }
-};
 
 // Vectors of as many elements of another type as a vector of sums has.
 template <typename E, int Lanes>
@@ -291,8 +277,9 @@ struct Items {
     if (!regular) {
       for (int e = 0; e < N; ++e) {
         const Ints<A> x = Pack<int32_t, L>::at(pixel + (i + e) * width + j);
-        const typename P::vec value = gather(row, (x > 0 ? x : 0) * static_cast<int32_t>(pixel_stride));
-        for (int l = 0; l < L; ++l) out[e][l] = x[l] < 0 ? none : value[l];
+        out[e] = gather(row, (x > 0 ? x : 0) * static_cast<int32_t>(pixel_stride));
+        for (int l = 0; l < L; ++l)
+          if (x[l] < 0) out[e][l] = none;
       }
       return;
     }

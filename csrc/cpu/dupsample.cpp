@@ -1,4 +1,12 @@
 // dupsample on the CPU (semantics: segops/reference/dupsample.py).
+//
+//   forward    out[k, r i + dy, r j + dx] = z_n(i, j),  z = (W x + b) / T,  n = (dy r + dx) K + k
+//   backward   dx = W^T dz / T,  dW = dz x^T / T,  db = sum dz / T,  dT = -sum z dz / T
+//
+// The plan is in dupsample.h, the micro-kernels in dupsample_tiles.body.h: tiles of 64 cells, logits [row][cell] that
+// stay in the first cache, rows by two vectors of sums in registers. A block holds whole rows of sub-pixels, so that
+// the output is written line after line. Bound by the multiplications (2 C per output element; backward thrice that)
+// and by the bytes of the output. Tried: blocks of single sub-pixels, which touch every line of the output r times.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

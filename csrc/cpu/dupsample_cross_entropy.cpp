@@ -1,4 +1,13 @@
 // Cross entropy of dupsample's logits, which are never stored (semantics: segops/reference/dupsample_cross_entropy.py).
+//
+//   forward    z = (W x + b) / T,  lse = log sum_k exp z_k
+//              loss = (1 - e) w_y (lse - z_y) + e / K sum_k w_k (lse - z_k)
+//   backward   dz_k = g (exp(z_k - lse) ((1 - e) w_y + e / K sum w) - (1 - e) w_y [k = y] - e / K w_k),  then as dupsample
+//
+// The plan is in dupsample.h. A block holds all classes of some sub-pixels: a tile's logits [sub-pixel][class][cell]
+// become losses, or gradients in place, while they are in the first cache. Backward computes them again and divides by
+// the sum of its own exponentials, so that the rounding of a large lse cancels. Bound by the multiplications (2 C per
+// logit; backward thrice that) and one exponential per logit.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -1,8 +1,6 @@
 // Tiles of dupsample's logits for one instruction set, and the gradients that follow from theirs; see dupsample.h.
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+#include "cpu/arena.body.h"
 
 constexpr int max_rows = SEGOPS_VECTOR_REGISTERS == 32 ? 14 : 6;  // by two vectors: what sums fit the registers
 
@@ -117,18 +115,6 @@ struct LongSum {
     low += __builtin_convertvector(halves.low, Vec<double>), high += __builtin_convertvector(halves.high, Vec<double>);
   }
   double total() const { return sum_of<double>(low + high); }
-};
-
-// Scratch memory is one allocation: each part takes what it needs, first to be counted, then for real.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <typename U>
-  U* take(int64_t count) {
-    U* at = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += round_up(count * int64_t(sizeof(U)), 64);
-    return at;
-  }
 };
 
 // Memory of one worker for the block of sub-pixels at hand.

@@ -1,8 +1,6 @@
 // Dilated local attention for one instruction set; see local_attention.cpp for the formula and the plan.
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+#include "cpu/arena.body.h"
 
 // Taps that one pass of the inner kernels takes, and vectors of pixels: their product of sums stays in registers.
 constexpr int max_taps = 5;

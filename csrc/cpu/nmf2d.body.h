@@ -2,6 +2,8 @@
 //
 // Tiles are [channels][tile_pixels], their coefficients [tile_pixels][columns]; pixels past the end are 0.
 
+#include "cpu/arena.body.h"
+
 template <typename A, int Rows, int Vectors, bool Add>
 [[gnu::always_inline]] inline void block(A* out, int64_t out_step, const A* s, int64_t s_row, int64_t s_depth,
                                          const A* v, int64_t v_step, int64_t depth) {
@@ -75,7 +77,7 @@ struct Span {
   int64_t first, count;
   template <typename A>
   Span(const Problem<A>& p, int64_t tile)
-      : first(tile * tile_pixels), count(p.pixels - first < tile_pixels ? p.pixels - first : tile_pixels) {}
+      : first(tile * tile_pixels), count(least(p.pixels - first, tile_pixels)) {}
 };
 
 template <typename A>
@@ -101,7 +103,7 @@ void pack(const Problem<A>& p, const Strided& map, int64_t image, Span at, A* ti
   } else if (map.c == 1) {
     for (int64_t i = 0; i < tile_pixels; i += L)
       for (int64_t c = 0; c < p.channels; c += L) {
-        const int64_t channels = p.channels - c < L ? p.channels - c : L;
+        const int64_t channels = least(p.channels - c, L);
         Vec<A> square[L];
 #pragma GCC unroll 16
         for (int64_t j = 0; j < L; ++j) {
@@ -135,7 +137,7 @@ void unpack(const Problem<A>& p, const A* tile, const Strided& map, int64_t imag
   } else if (map.c == 1) {
     for (int64_t i = 0; i < at.count; i += L)
       for (int64_t c = 0; c < p.channels; c += L) {
-        const int64_t channels = p.channels - c < L ? p.channels - c : L;
+        const int64_t channels = least(p.channels - c, L);
         Vec<A> square[L];
         for (int64_t j = 0; j < L; ++j) square[j] = j < channels ? load(tile + (c + j) * tile_pixels + i) : Vec<A>{};
         transpose<A>(square);
@@ -316,7 +318,7 @@ template <typename A>
 void update_bases(const Problem<A>& p, int64_t t, int64_t image, int64_t block) {
   constexpr int64_t L = Simd<A>::lanes;
   const int64_t R = p.columns, first = block * base_rows;
-  const int64_t rows = p.channels - first < base_rows ? p.channels - first : base_rows;
+  const int64_t rows = least(p.channels - first, base_rows);
   A* b = p.bases_at(image, 0) + first * R;
   // The pieces' sums are added in the place of the first, which then holds the numerators.
   A* denominators = p.partial + image * p.pieces * p.channels * R + first * R;
@@ -413,7 +415,7 @@ template <typename A>
 void update_grad_bases(const Problem<A>& p, int64_t t, int64_t image, int64_t block) {
   constexpr int64_t L = Simd<A>::lanes;
   const int64_t R = p.columns, first = block * base_rows;
-  const int64_t rows = p.channels - first < base_rows ? p.channels - first : base_rows;
+  const int64_t rows = least(p.channels - first, base_rows);
   const A* b = p.bases_at(image, t) + first * R;
   A* carried = p.grad_bases + image * p.channels * R + first * R;
   const A* dg = p.partial_grad_gram + image * p.pieces * p.square();

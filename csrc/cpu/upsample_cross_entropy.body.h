@@ -3,6 +3,7 @@
 
 // Logits that differ by more than this at a source pixel (as powers of 2) may leave the range of a product of powers.
 constexpr double widest_spread = 90;
+constexpr double largest_exact = 1 << 20;  // beyond, the rounding of lse may leave it too
 constexpr int max_rows = 8;  // output rows that a pass of the backward takes
 
 // total[i] = sum_k 2^u_k(i), u_k(i) the blend of four neighbours at phase i; the rows' blend is left in v.
@@ -116,7 +117,8 @@ template <typename A, int N>
       const Vec<A> a = load(upper) * w0 + load(lower) * w1, b = load(upper + right) * w0 + load(lower + right) * w1;
       Vec<A> l = {}, r = {};
       for (int i = 0; i < N; ++i, f += 5 * L) {
-        const Vec<A> u = a * load(f + 2 * L) + b * load(f + 3 * L) + load(f + 4 * L), p = vexp2_any<A>(u);
+        const Vec<A> u = a * load(f + 2 * L) + b * load(f + 3 * L) + load(f + 4 * L);
+        const Vec<A> p = vexp2_any<A>(u > 0 ? Vec<A>{} : u);  // at most 1, however coarsely a huge lse is rounded
         const Vec<A> f0 = load(f), f1 = load(f + L), e = f0 + f1 != 0 ? p : Vec<A>{};
         l += f0 * e, r += f1 * e;
       }
@@ -177,6 +179,7 @@ struct Worker {
         smallest = z < smallest ? z : smallest;
       }
       Vec<A> sum = {}, finite = {};  // finite: NaN if any logit is not, else 0
+      const auto exact = largest < A(largest_exact) && largest > -A(largest_exact);
       for (int64_t k = 0; k < p.classes; ++k) {
         const Vec<A> u = (load(at + k * stride) - largest) * A(log2e);
         store(at + k * stride, u);
@@ -185,7 +188,8 @@ struct Worker {
       }
       store(at + top * stride, largest);
       store(at + weighted * stride, sum);
-      store(at + spread * stride, (largest - smallest) * A(log2e) + finite);
+      const Vec<A> width = (largest - smallest) * A(log2e) + finite;
+      store(at + spread * stride, exact ? width : Vec<A>{} + A(__builtin_inf()));
     }
   }
 
@@ -382,11 +386,13 @@ struct Worker {
       if (p.per_pixel) {
         grads += n * p.grad_loss.n + (y + row) * p.grad_loss.y + pixel * p.grad_loss.x;
         items.template by_item<N, A>(grads, p.grad_loss.x, j, i, 0, grad);
+      } else {
+        for (int e = 0; e < N; ++e) grad[e] = Vec<A>{} + *grads;
       }
       for (int e = 0; e < N; ++e) {
         const Vec<A> l = load(items.left_share + place + e * width), r = load(items.right_share + place + e * width);
         const auto counted = __builtin_convertvector(label[e] >= 0, Vec<A>) != 0;
-        const Vec<A> g = counted ? (p.per_pixel ? grad[e] : Vec<A>{} + *grads) : Vec<A>{};
+        const Vec<A> g = counted ? grad[e] : Vec<A>{};
         const Vec<A> shift = (l * left_top + r * right_top - lse[e]) * A(log2e), g_own = own * g * weight_of(label[e]);
         Vec<A> weight = g_own + shared * all_weights * g;
         if (near) weight *= vexp2(counted ? shift : Vec<A>{});

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..ops.local_attention import BORDERS, local_attention
-from ._layers import check_classes, check_features, check_in_channels, check_map, check_strides, conv_bn, resize
+from ._layers import (
+    BilinearUpsampling,
+    check_classes,
+    check_features,
+    check_in_channels,
+    check_map,
+    check_strides,
+    conv_bn,
+    resize,
+)
 
 __all__ = ["GALDHead", "LocalDistributionV2"]
 
@@ -241,6 +251,7 @@ class GALDHead(nn.Module):
         self.laterals = nn.ModuleList(conv_bn(width, skip_channels, 1) for width in skips)
         self.merges = nn.ModuleList(conv_bn(channels + skip_channels, channels, 3) for _ in skips)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.upsample = BilinearUpsampling(align_corners)
 
     def forward(
         self, features: Sequence[Tensor], *, return_aux: bool = False
@@ -268,60 +279,25 @@ class GALDHead(nn.Module):
         logits = self.classifier(x)
         return (logits, {}) if return_aux else logits
 
-    def loss(
-        self,
-        features: Sequence[Tensor],
-        target: Tensor,
-        *,
-        class_weight: Tensor | None = None,
-        ignore_index: int = 255,
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
-        """Cross-entropy of the logits, resized to the target's size, averaged over the pixels that are not ignored.
-
-        Resizing makes the full-size logits; they exist until backward.
+    def loss(self, features: Sequence[Tensor], target: Tensor, **ce: Any) -> Tensor:
+        """Cross-entropy at the target's size, without the logits of that size.
 
         Args:
             features: As for :meth:`forward`.
-            target: [N, H, W], uint8, int16, int32 or int64, of any size.
-            class_weight: [num_classes], factor on the loss of a pixel by its label; does not enter the denominator.
-            ignore_index: Label without loss.
-            label_smoothing: As in :func:`torch.nn.functional.cross_entropy`.
-
-        Returns:
-            A scalar, float32 (float64 for float64); 0 with zero gradients where every pixel is ignored.
-
-        Raises:
-            ValueError: target is not [N, H, W].
-            TypeError: target is not of an integer dtype.
-            IndexError: (on CPU) a label outside [0, num_classes) that is not ignore_index.
+            target: [N, H, W], integer labels, of any size.
+            ce: Keywords of :func:`segops.upsample_cross_entropy`.
         """
-        _check_target(f"{type(self).__name__}.loss", target)
-        logits = resize(self(features), target.shape[1:], self.align_corners)
-        target = target.long()
-        total = F.cross_entropy(
-            logits if logits.dtype == torch.float64 else logits.float(),
-            target,
-            class_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
-        return total / (target != ignore_index).sum().clamp(min=1)
+        return self.upsample.loss(self(features), target, **ce)
 
     @torch.no_grad()
-    def predict(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """The argmax of the logits resized to ``size``, of which it makes the full-size copy.
+    def predict(self, features: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Labels [N, *size], uint8 for up to 255 classes, without the logits of that size.
 
         Args:
             features: As for :meth:`forward`.
-            size: Height and width of the labels, usually those of the image.
-
-        Returns:
-            [N, *size], uint8 for up to 255 classes, else int64.
+            size: Height and width of the labels, usually those of the image; None means those of the logits.
         """
-        labels = resize(self(features), size, self.align_corners).argmax(1)
-        return labels.to(torch.uint8) if self.num_classes <= 255 else labels
+        return self.upsample.predict(self(features), size)
 
 
 class _PyramidPooling(nn.Module):
@@ -339,12 +315,3 @@ class _PyramidPooling(nn.Module):
         pooled = [stage(F.adaptive_avg_pool2d(x, n)) for n, stage in zip(self.bins, self.stages, strict=True)]
         pooled = [resize(p, x.shape[2:], self.align_corners) for p in pooled]
         return self.dropout(self.bottleneck(torch.cat([*pooled, x], 1)))
-
-
-def _check_target(name: str, target: Tensor) -> None:
-    if target.dim() == 4 and target.shape[1] == 1:
-        raise ValueError(f"{name}: target must be [N, H, W], got {tuple(target.shape)}; pass target.squeeze(1)")
-    if target.dim() != 3:
-        raise ValueError(f"{name}: target must be [N, H, W], got {tuple(target.shape)}")
-    if target.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-        raise TypeError(f"{name}: target must have an integer dtype up to int64, got {target.dtype}")

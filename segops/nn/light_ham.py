@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..ops.nmf2d import GRADS, nmf2d
-from ..ops.upsample_argmax import upsample_argmax
-from ..ops.upsample_cross_entropy import upsample_cross_entropy
 from ._layers import check_classes, check_features, check_in_channels, check_strides, conv_bn, init_gaussian, resize
 
 __all__ = ["LightHamHead", "MLPHead"]
@@ -39,21 +37,27 @@ class _Head(nn.Module):
         self.in_channels, self.strides, self.num_classes = tuple(in_channels), tuple(strides), num_classes
         self.output_stride = self.strides[0]
         self.align_corners = align_corners
+        self.upsample = BilinearUpsampling(align_corners)
 
     def loss(self, features: Sequence[Tensor], target: Tensor, **ce: Any) -> Tensor:
-        """Cross-entropy of the logits at the target's size, which never exist at that size.
+        """Cross-entropy at the target's size, without the logits of that size.
 
         Args:
             features: As for :meth:`forward`.
-            target: [N, H, W] labels of any size.
-            **ce: Keywords of :func:`segops.upsample_cross_entropy`, such as ``ignore_index`` or ``ohem_threshold``.
+            target: [N, H, W], integer labels, of any size.
+            ce: Keywords of :func:`segops.upsample_cross_entropy`.
         """
-        return upsample_cross_entropy(self(features), target, align_corners=self.align_corners, **ce)
+        return self.upsample.loss(self(features), target, **ce)
 
     @torch.no_grad()
-    def predict(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Labels [N, *size], uint8 for up to 255 classes: the argmax of the upsampled logits, fused."""
-        return upsample_argmax(self(features), size, align_corners=self.align_corners)
+    def predict(self, features: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Labels [N, *size], uint8 for up to 255 classes, without the logits of that size.
+
+        Args:
+            features: As for :meth:`forward`.
+            size: Height and width of the labels, usually those of the image; None means those of the logits.
+        """
+        return self.upsample.predict(self(features), size)
 
     def gathered(self, features: Sequence[Tensor]) -> Tensor:
         """Every map at the size of the finest, concatenated fine to coarse."""

@@ -53,7 +53,7 @@ def dupsample_cross_entropy(
         temperature: A number, or one element [] or [1] of any floating-point dtype; not 0, may be negative. None
             means 1.
         class_weight: [K], a factor on the loss of each class, with torch's meaning; it has no gradient.
-        ignore_index: Label that is not counted; any int.
+        ignore_index: Label that is not counted; any int. With more than 255 classes 255 is one of them: pass -1.
         label_smoothing: In [0, 1], with torch's meaning.
         reduction: "none" (0 where not counted), "mean" or "sum".
         denominator: Of the mean. "valid": counted pixels, each with its class weight, as torch has it. "all": N H W

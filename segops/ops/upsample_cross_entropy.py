@@ -47,7 +47,7 @@ def upsample_cross_entropy(
         target: [N, H, W], uint8, int16, int32 or int64, any strides; H and W may be larger or smaller than h and w.
         align_corners: Corner convention of the interpolation; False is half-pixel, with clamped borders.
         class_weight: [K], a factor on the loss of each class, with torch's meaning; it has no gradient.
-        ignore_index: Label that is not counted; any int.
+        ignore_index: Label that is not counted; any int. With more than 255 classes 255 is one of them: pass -1.
         label_smoothing: In [0, 1], with torch's meaning.
         reduction: "none" (0 where not counted or not kept), "mean" or "sum".
         denominator: Of the mean. "valid": counted (and kept) pixels, each with its class weight, as torch has it.
@@ -67,7 +67,9 @@ def upsample_cross_entropy(
         TypeError: dtypes that do not fit.
 
     The gradient reaches logits, twice; none goes through the choice of hard pixels. The result is the same, bit for
-    bit, on every run; everything runs in float32 (float64 for float64), under autocast too. Backends: C++ (CPU),
+    bit, on every run; everything runs in float32 (float64 for float64), under autocast too. Backward
+    takes probabilities from the saved log-sum-exp, whose rounding, 6e-8 of its size, is their relative error: logits in
+    the thousands cost accuracy. Backends: C++ (CPU),
     Triton (GPU); ``segops.explain`` says which.
 
     Example:

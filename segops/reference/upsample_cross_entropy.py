@@ -64,6 +64,6 @@ def sample_inputs() -> list[Sample]:
                 ohem_min_kept=20),
         _sample("nothing_counted", (1, 3, 2, 2), Labels((1, 4, 4), 3, 1.0), tiny=True),
         _sample("one_past_blocks", (1, 17, 9, 17), Labels((1, 33, 65), 17), reduction="none"),
-        _sample("cityscapes", (1, 19, 8, 16), Labels((1, 64, 128), 19, 0.2, uint8), weighted=True),
-        _sample("many_classes", (1, 150, 6, 5), Labels((1, 24, 20), 150), label_smoothing=0.05, **corners),
+        _sample("cityscapes", (1, 19, 5, 9), Labels((1, 40, 72), 19, 0.2, uint8), weighted=True),
+        _sample("many_classes", (1, 150, 3, 4), Labels((1, 12, 15), 150), label_smoothing=0.05, **corners),
     ]  # fmt: skip

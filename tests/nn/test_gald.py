@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import segops
 from segops.nn import GALDHead, LocalDistributionV2
@@ -251,9 +252,9 @@ def test_loss_counts_valid_pixels_only(dtype):
     full = F.interpolate(head(features), (29, 37), mode="bilinear", align_corners=True)
     weight = torch.rand(5)
     for class_weight in (None, weight):
-        each = F.cross_entropy(full, target, class_weight, ignore_index=200, reduction="none")
+        expected = F.cross_entropy(full, target, class_weight, ignore_index=200)
         loss = head.loss(features, target.to(dtype), ignore_index=200, class_weight=class_weight)
-        torch.testing.assert_close(loss, each.sum() / (2 * 20 * 37))
+        torch.testing.assert_close(loss, expected)
 
 
 def test_loss_without_valid_pixel_is_zero():
@@ -268,10 +269,29 @@ def test_loss_refuses_targets():
     head = head_of()
     with pytest.raises(ValueError, match=r"pass target.squeeze\(1\)"):
         head.loss(features_of(), torch.zeros(2, 1, 13, 18, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"target must be \[N, H, W\], got \(13, 18\)"):
+    with pytest.raises(ValueError, match=r"target must be \[N, H, W\], got 2 axes: \(13, 18\)"):
         head.loss(features_of(), torch.zeros(13, 18, dtype=torch.int64))
-    with pytest.raises(TypeError, match="integer dtype"):
+    with pytest.raises(TypeError, match="uint8, int16, int32 or int64"):
         head.loss(features_of(), torch.zeros(2, 13, 18))
+
+
+def test_neither_loss_nor_predict_makes_full_size_logits():
+    head, features = head_of(num_classes=100), features_of(sizes=((4, 5), (2, 3)))
+    full = 2 * 100 * 64 * 80
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            sizes = [x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+            largest = max(largest, *sizes, 0)
+            return out
+
+    with Watch():
+        head.loss(features, torch.zeros(2, 64, 80, dtype=torch.uint8)).backward()
+        head.predict(features, (64, 80))
+    assert largest < full / 4
 
 
 def test_predict_is_the_argmax_at_full_size():
