@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..ops.nmf2d import GRADS, nmf2d
-from ._layers import check_classes, check_features, check_in_channels, check_strides, conv_bn, init_gaussian, resize
+from ._layers import (
+    BilinearUpsampling,
+    check_classes,
+    check_features,
+    check_in_channels,
+    check_strides,
+    conv_bn,
+    init_gaussian,
+    resize,
+)
 
 __all__ = ["LightHamHead", "MLPHead"]
 
