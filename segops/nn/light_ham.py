@@ -292,6 +292,8 @@ class _NonLocal(nn.Module):
         self.phi = nn.Conv2d(channels, channels // 2, 1)
         self.g = nn.Conv2d(channels, channels // 2, 1)
         self.conv_out = conv_bn(channels // 2, channels, 1, activate=False, norm_layer=norm_layer)
+        for parameter in self.conv_out[1].parameters():  # the block begins as the identity
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         theta, phi, g = (conv(x).flatten(2).mT for conv in (self.theta, self.phi, self.g))
