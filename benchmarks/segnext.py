@@ -101,9 +101,8 @@ def peak(variant: str, size: str, direction: str, side: str, layout: str) -> flo
 
 
 def table(variant: str, size: int, rows: list[dict]) -> str:
-    lines = [
-        f"SegNeXt-{variant.upper()}, {size}x{size}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    ]
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    lines = [f"SegNeXt-{variant.upper()}, {size}x{size}, float32, {machine}"]
     lines.append(f"{'':22}{'':16}{'segops':>10}{'eager':>10}{'ratio':>8}")
     for row in rows:
         eager = min(row["ms"]["eager"].values())
