@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,8 @@ from .. import _checks, _dispatch
 from .._dispatch import Compiled, Op
 from ..reference.nmf2d import nmf2d as reference
 from ._gradients import differentiate_through_reference, pull_back
+from ._losses import accumulator, why_not
+from ._strips import empty_like_input
 
 __all__ = ["nmf2d"]
 
@@ -75,7 +76,7 @@ def nmf2d(
         raise ValueError(f"{NAME}: steps must be at least 0, got {steps}")
     _checks.choice(NAME, "grad", grad, GRADS)
     _checks.number(NAME, "eps", eps, 0.0, 1.0)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator(x.dtype)
     if bases is None:
         _checks.positive(NAME, "rank", rank)
         drawn = torch.rand((n, c, rank), generator=generator, dtype=dtype, device=x.device)
@@ -95,20 +96,14 @@ def nmf2d(
     return OP(x, bases, steps, grad, float(eps), training)[0]
 
 
-def _history(x: Tensor, bases: Tensor, steps: int, grad: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what backward needs of the iterations; what they hold stands in the reference."""
-    n, c, h, w = x.shape
-    r = bases.shape[2]
-    unrolled = grad == "unrolled"
-    return (n, steps + 2 if unrolled else 1, h * w, r), (n, steps if unrolled else 1, c, r)
-
-
 def _empty(x: Tensor, bases: Tensor, steps: int, grad: str, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    channels_last = x.shape[1] > 1 and x.stride(1) == 1
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    coefficient_shape, base_shape = _history(x, bases, steps, grad) if training else ((0,), (0,))
-    return out, bases.new_empty(coefficient_shape), bases.new_empty(base_shape)
+    """out, and what backward needs of the iterations; what that holds stands in the reference."""
+    if not training:
+        return empty_like_input(x), bases.new_empty(0), bases.new_empty(0)
+    n, c, h, w = x.shape
+    updates = (steps + 2, steps) if grad == "unrolled" else (1, 1)
+    coefficients = bases.new_empty(n, updates[0], h * w, bases.shape[2])
+    return empty_like_input(x), coefficients, bases.new_empty(n, updates[1], c, bases.shape[2])
 
 
 def _empty_gradients(x: Tensor, bases: Tensor, for_bases: bool) -> tuple[Tensor, Tensor]:
@@ -145,12 +140,6 @@ def _backward(ctx, grad_out, *_):
     for_bases = ctx.grad == "unrolled" and ctx.needs_input_grad[1]
     grad_x, grad_bases = BACKWARD(grad_out, *ctx.saved_tensors, ctx.steps, ctx.grad, ctx.eps, for_bases)
     return (grad_x, grad_bases if for_bases else None, *(None,) * 4)
-
-
-def _why_not(x: Tensor, *args: Any) -> str | None:
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"dtype {x.dtype}"
-    return None
 
 
 def _native(namespace):
@@ -214,7 +203,7 @@ OP = Op(
     "(Tensor x, Tensor bases, int steps, str grad, float eps, bool training) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends=_dispatch.backends(native=Compiled(NAME, _native), triton=_triton, cuda=NO_CUDA, why_not=_why_not),
+    backends=_dispatch.backends(native=Compiled(NAME, _native), triton=_triton, cuda=NO_CUDA, why_not=why_not),
     flops=_flops,
 )
 OP.register_autograd(_backward, _setup_context)
@@ -226,7 +215,7 @@ BACKWARD = Op(
     reference=_reference_backward,
     fake=_fake_backward,
     backends=_dispatch.backends(
-        native=Compiled(f"{NAME}_backward", _native_backward), triton=_triton_backward, cuda=NO_CUDA, why_not=_why_not
+        native=Compiled(f"{NAME}_backward", _native_backward), triton=_triton_backward, cuda=NO_CUDA, why_not=why_not
     ),
     flops=_backward_flops,
 )
