@@ -64,16 +64,18 @@ def ops() -> list[str]:
 
 
 def readme_section() -> str:
-    """What stands between the markers: the gated rows of each op, then its plot."""
-    parts = []
+    """What stands between the markers: for each CPU the gated rows of all ops, then the plots."""
+    machines: dict[str, dict[str, dict]] = {}
+    gpus: dict[str, dict[str, dict]] = {}
     for op in ops():
-        machines = load(op)
-        gpus = {name: results for name, results in machines.items() if results["device"] == "cuda"}
-        for machine, results in machines.items():
-            if results["device"] == "cpu" and results["allocator"] == "default":
-                parts.append(_summary(op, machine, results, gpus))
-        if (RESULTS / f"{op}_scaling.png").exists():
-            parts.append(f"![Time and memory against pixels](benchmarks/results/{op}_scaling.png)")
+        for machine, results in load(op).items():
+            if results["device"] == "cuda":
+                gpus.setdefault(machine, {})[op] = results
+            elif results["allocator"] == "default":
+                machines.setdefault(machine, {})[op] = results
+    parts = [_summary(machine, by_op, gpus) for machine, by_op in machines.items()]
+    plots = [op for op in ops() if (RESULTS / f"{op}_scaling.png").exists()]
+    parts += [f"![Time and memory against pixels](benchmarks/results/{op}_scaling.png)" for op in plots]
     parts.append("Every row, rival and error: [benchmarks/results](benchmarks/results/README.md).")
     return "\n\n".join(parts)
 
@@ -143,10 +145,10 @@ def _section(op: str, machines: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _summary(op: str, machine: str, results: dict, gpus: Results) -> str:
+def _summary(machine: str, by_op: dict[str, dict], gpus: dict[str, dict[str, dict]]) -> str:
     title = [
+        "op",
         "case",
-        "dtype",
         "direction",
         "segops, ms",
         "times faster than",
@@ -155,21 +157,25 @@ def _summary(op: str, machine: str, results: dict, gpus: Results) -> str:
         *(gpus or ["GPU"]),
     ]
     lines = [title, ["---"] * 3 + ["---:"] + ["---"] + ["---:"] * (len(title) - 5)]
-    for group in _groups([row for row in results["rows"] if row["gates"]]):
-        row = group[0]
-        rivals = dict.fromkeys(name for r in group for name in r["ratio"])
-        faster = [f"{name} {_both(group, lambda r, name=name: _ratio(r, name, []))}" for name in rivals]
-        lines.append([
-            _case(row), row["dtype"], row["direction"],
-            _both(group, lambda r: f"{1e3 * r['seconds']['segops']['min']:.3g}"), ", ".join(faster),
-            _both(group, lambda r: f"{r['percent_of_floor']:.0f}" if "percent_of_floor" in r else "?"),
-            _both(group, _memory), *([_on_gpu(row, gpu) for gpu in gpus.values()] or [UNMEASURED]),
-        ])  # fmt: skip
+    for op, results in by_op.items():
+        for group in _groups([row for row in results["rows"] if row["gates"]]):
+            row = group[0]
+            rivals = dict.fromkeys(name for r in group for name in r["ratio"])
+            faster = [f"{name} {_both(group, lambda r, name=name: _ratio(r, name, []))}" for name in rivals]
+            lines.append([
+                f"`{op}`", _case(row), row["direction"],
+                _both(group, lambda r: f"{1e3 * r['seconds']['segops']['min']:.3g}"), ", ".join(faster),
+                _both(group, lambda r: f"{r['percent_of_floor']:.0f}" if "percent_of_floor" in r else "?"),
+                _both(group, _memory),
+                *([_on_gpu(row, gpu[op]) if op in gpu else UNMEASURED for gpu in gpus.values()] or [UNMEASURED]),
+            ])  # fmt: skip
+        lines += [[f"`{op}`", f"**FAIL**: {failed}"] + [""] * (len(title) - 2) for failed in results["failed"]]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    results = next(iter(by_op.values()))
     facts = results["machine"]
     return (
-        f"`{op}` on {facts['cpu']}, {facts['threads']} threads, {facts.get('isa', 'no CPU kernels')}, torch "
-        f"{results['versions']['torch']} ({machine}); NCHW / channels_last, each rival in its own "
+        f"On {facts['cpu']}, {facts['threads']} threads, {facts.get('isa', 'no CPU kernels')}, torch "
+        f"{results['versions']['torch']} ({machine}), float32; NCHW / channels_last, each rival in its own "
         f"best layout:\n\n{table}"
     )
 
