@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .. import _checks
 
-__all__ = ["Strip", "backward_flops", "empty_gradients", "empty_like_input", "flops", "pack", "why_not"]
+__all__ = [
+    "Strip",
+    "backward_flops",
+    "empty_gradients",
+    "empty_like_input",
+    "flops",
+    "pack",
+    "why_not",
+    "why_not_backward",
+]
 
 Strip = Sequence[Tensor | None]  # 1 x k weight and bias, k x 1 weight and bias
 
@@ -35,15 +44,14 @@ def pack(
                 f"{function}: strips[{i}] must be (w_1xk, bias or None, w_kx1, bias or None), got {strip!r}"
             )
         across, across_bias, down, down_bias = strip
-        _depthwise(function, f"strips[{i}][0]", across, x, (1, None))
-        _depthwise(function, f"strips[{i}][2]", down, x, (across.shape[3], 1))
-        taps += [across, down]
+        taps.append(_depthwise(function, f"strips[{i}][0]", across, x, (1, None)))
+        taps.append(_depthwise(function, f"strips[{i}][2]", down, x, (taps[-1].shape[3], 1)))
         biases += [_bias(function, f"strips[{i}][{j}]", b, x) for j, b in ((1, across_bias), (3, down_bias))]
     lengths = [int(w.shape[3]) for w in taps[1::2]]
     return torch.cat([w.reshape(c, -1) for w in taps], 1), torch.stack(biases, 1), list(weight.shape[2:]), lengths
 
 
-def _depthwise(function: str, name: str, weight: Any, x: Tensor, size: tuple[int | None, int | None]) -> None:
+def _depthwise(function: str, name: str, weight: Any, x: Tensor, size: tuple[int | None, int | None]) -> Tensor:
     words = [str(s) if s else "odd" for s in size]
     layout = f"[{x.shape[1]}, 1, {words[0]}, {words[1]}]"
     _checks.tensor(function, name, weight, layout)
@@ -51,6 +59,7 @@ def _depthwise(function: str, name: str, weight: Any, x: Tensor, size: tuple[int
     if weight.shape[:2] != (x.shape[1], 1) or not fits:
         raise ValueError(f"{function}: {name} must be {layout}, got {tuple(weight.shape)}")
     _checks.alike(function, "x", x, name, weight)
+    return weight
 
 
 def _bias(function: str, name: str, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -80,6 +89,10 @@ def why_not(x: Tensor, *args: Any) -> str | None:
     return None
 
 
+def why_not_backward(grad_out: Tensor, *args: Any) -> str | None:
+    return why_not(grad_out)
+
+
 def flops(x: Sequence[int], kernel_size: Sequence[int], strip_lengths: Sequence[int]) -> int:
     """Of the convolutions, as torch.utils.flop_counter counts them."""
     return 2 * math.prod(x) * sum(h * w for h, w in _windows(kernel_size, strip_lengths))
@@ -91,7 +104,8 @@ def backward_flops(x: Sequence[int], kernel_size: Sequence[int], strip_lengths: 
 
     where = ([1, 1], [0, 0], [1, 1], False, [0, 0], x[1], [True, True, False])
     weights = [[x[1], 1, h, w] for h, w in _windows(kernel_size, strip_lengths)]
-    return sum(conv_backward_flop(list(x), list(x), w, None, *where, out_val=(list(x), w)) for w in weights)
+    count: Any = conv_backward_flop
+    return sum(count(list(x), list(x), w, None, *where, out_val=(list(x), w)) for w in weights)
 
 
 def _windows(kernel_size: Sequence[int], strip_lengths: Sequence[int]) -> list[tuple[int, int]]:
