@@ -21,6 +21,8 @@ ABSENT: dict[tuple[str, str], str] = {
     ("dupsample_argmax", "csrc/cuda/{}.cu"): "a matrix product wants tensor cores, which are Triton's",
     ("upsample_cross_entropy", "csrc/cuda/{}.cu"): "no halo and no gather: nothing that Triton does badly",
     ("upsample_argmax", "csrc/cuda/{}.cu"): "no halo and no gather: nothing that Triton does badly",
+    ("msca", "csrc/cpu/{}.cpp"): "multi_scale_strip_conv's kernels and torch's matrix product",
+    ("msca", "csrc/cuda/{}.cu"): "multi_scale_strip_conv's kernels and torch's matrix product",
     ("confusion_matrix", "csrc/cuda/{}.cu"): "bound by the bytes of the labels",
 }
 
