@@ -4,8 +4,8 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-constexpr int P = 8;         // outputs of a pass of the inner kernels, along W or along H
-constexpr int max_taps = 7;  // taps of a pass: with the sums and one input they fit 16 registers
+constexpr int P = 8;  // outputs of a pass of the inner kernels, along W or along H
+constexpr int max_taps = SEGOPS_VECTOR_REGISTERS == 32 ? 7 : 5;  // taps of a pass, in registers beside the outputs
 
 // Where a pass reads: pixels of a row, or one pixel of several rows.
 template <typename A>
@@ -384,9 +384,10 @@ struct Worker {
   }
 
   // Row y of a = dw(x) + bias from the rows of x around it.
-  void centre_row(A* out, const Ring<A>& x, int64_t y, const A* kernel, int64_t from, int64_t to) {
+  void centre_row(A* out, const Ring<A>& x, int64_t y) {
     for (int64_t i = 0; i < p.kh; ++i) table[i] = x.at(y - rh + i) - rw * L;
-    convolve_row<A>(out, table, p.kh, p.kw, kernel, biases, from, to, ahead(p.x, y + rh + P));
+    convolve_row<A>(out, table, p.kh, p.kw, taps, biases, most(0, x0 - reach), least(p.w, x1 + reach),
+                    ahead(p.x, y + rh + P));
   }
 
   void forward() {
@@ -397,7 +398,7 @@ struct Worker {
       const int64_t last = least(y1, y + P);
       for (const int64_t a_to = least(p.h, last + reach); next_a < a_to; ++next_a) {
         for (const int64_t x_to = least(p.h, next_a + rh + 1); next_x < x_to; ++next_x) load_row(x, p.x, next_x);
-        centre_row(a.row(next_a), x, next_a, taps, most(0, x0 - reach), least(p.w, x1 + reach));
+        centre_row(a.row(next_a), x, next_a);
       }
       const A** rows = table + P;
       const A* across = taps + p.kh * p.kw * L;
@@ -440,7 +441,7 @@ struct Worker {
         const int64_t from = most(0, x0 - rw), to = least(p.w, x1 + rw);
         __builtin_memcpy(da.row(at) + from * L, g.row(at) + from * L, (to - from) * L * sizeof(A));
         if (!own(at)) continue;
-        centre_row(a + (at - y) * pitch, x, at, taps, most(0, x0 - reach), least(p.w, x1 + reach));
+        centre_row(a + (at - y) * pitch, x, at);
         if (p.pairs > 0) add_row<A>(sums + (p.taps() + 2) * L, g.row(at), x0, x1);
       }
       const A* across = reversed + p.kh * p.kw * L;

@@ -9,7 +9,10 @@
 // in rings of as many rows as a strip sees, which stay in a core's cache. Every convolution, along W and along H, is
 // one kernel: eight outputs and seven taps in registers, an input loaded once for all products that it takes part in.
 // Backward needs no rows beyond the tile for a and h_i: gradients of taps are sums over the same inputs as those of
-// maps, and are made beside them.
+// maps, and are made beside them. The inner kernels run at two thirds of the peak of multiply-adds. With channels last
+// every pixel is a cache line of its own, and pages are left after a few: tasks of an image run together, and lines are
+// asked for one by one between products. Also tried: asking for a whole row at once (more than a core can wait for), and
+// blocks of channels in the outer loop (a third slower with channels last).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -210,9 +210,9 @@ struct Tile {
           const A* const first = down ? &in.at(y + t - kh / 2, x) : &in.at(y + i - kh / 2, x + t - kw / 2);
           with_taps(count, [&](auto n) { correlate_taps<decltype(n)::value>(sum, still, first, step); });
         }
-        for (int e = 0; e < count; ++e) {
+        SEGOPS_UNROLL for (int e = 0; e < max_taps; ++e) {
           const A total = over_warp(sum[e]);
-          if (threadIdx.x % 32 == 0) sums[i * kw + t + e] = total;
+          if (e < count && threadIdx.x % 32 == 0) sums[i * kw + t + e] = total;
         }
       }
   }

@@ -59,8 +59,8 @@ def test_backward_keeps_the_input_and_two_maps(layout):
 def test_inference_keeps_nothing():
     tensors = drawn()
     with segops.use_backend("cpu"), torch.no_grad():
-        taps, biases = torch.zeros(3, 35, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)
-        arguments = (tensors["x"], taps, biases, tensors["proj_weight"], None, [3, 5], [3, 7], False)
+        taps, biases = torch.zeros(3, 25, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)
+        arguments = (tensors["x"], taps, biases, tensors["proj_weight"], None, [3, 3], [3, 5], False)
         _, sums, gate = torch.ops.segops.msca(*arguments)
     assert sums.numel() == gate.numel() == 0
 
