@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from _suite import FORWARD, LAYOUTS, Function, Rival, Row, Suite
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import segops
 from segops import _native
@@ -20,7 +20,11 @@ Call = Callable[[], tuple[Tensor, ...]]
 def inputs(sample: Sample, dtype: torch.dtype, device: str, layout: str) -> Inputs:
     """The sample's tensors; maps take the layout, anything that is not 4-D keeps its own."""
     tensors = sample.tensors(dtype, device)
-    return tree_map(lambda x: x.contiguous(memory_format=LAYOUTS[layout]) if x.ndim == 4 else x, tensors)
+
+    def laid_out(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=LAYOUTS[layout]) if x.ndim == 4 else x
+
+    return tree_map_only(Tensor, laid_out, tensors)
 
 
 def call(
@@ -44,8 +48,11 @@ def call(
                 return (function(**tensors, **kwargs),)
 
         return forward
-    tensors = {name: x.detach().requires_grad_() if name in gradients(sample) else x for name, x in tensors.items()}
-    leaves = [tensors[name] for name in gradients(sample)]
+    wanted = gradients(sample)
+    tensors = tensors | {
+        name: tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), tensors[name]) for name in wanted
+    }
+    leaves = [x for name in wanted for x in tree_leaves(tensors[name]) if x is not None]
     upstream: list[Tensor] = []  # drawn at the first call, when the shape of the output is known
 
     def training() -> tuple[Tensor, ...]:
@@ -65,6 +72,16 @@ def call(
 def gradients(sample: Sample) -> list[str]:
     """The tensors that a training step differentiates."""
     return [name for name in sample.shapes if sample.differentiable is None or name in sample.differentiable]
+
+
+def gradient_names(sample: Sample) -> list[str]:
+    """The same, those in lists by number."""
+    found = []
+    for name in gradients(sample):
+        specs = tree_leaves(sample.shapes[name], is_leaf=lambda spec: isinstance(spec, tuple))
+        present = [spec for spec in specs if spec is not None]
+        found += [name] if len(present) == 1 else [f"{name}_{i}" for i in range(len(present))]
+    return found
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import _memory
 import torch
 from _peaks import Work
 from _suite import FORWARD, Row, Suite, Unavailable, shapes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 import segops
 from segops import _native, testing
@@ -122,7 +122,7 @@ class Runner:
         return result
 
     def _gate(self, suite: Suite, row: Row, values: tuple) -> tuple[dict[str, float], torch.Tensor]:
-        names = ["out", *(f"grad_{name}" for name in _calls.gradients(row.sample))]
+        names = ["out", *(f"grad_{name}" for name in _calls.gradient_names(row.sample))]
         partial = suite.part is not None and row.series is not None
         sample = row.sample if suite.checked is None else suite.checked(row.sample)
         if sample is not row.sample:
@@ -135,12 +135,12 @@ class Runner:
                 tensors, kwargs = suite.part(tensors, kwargs)
             with segops.use_backend("reference"):
                 eager = _calls.call(suite.function, sample, tensors, row.direction, kwargs)()
-                wide = tree_map(lambda x: x.double() if x.is_floating_point() else x, tensors)
+                wide = tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, tensors)
                 oracle = _calls.call(suite.function, sample, wide, row.direction, kwargs, rounded=row.dtype)()
             self._oracle = (key, oracle, eager)
         _, oracle, eager = self._oracle
         errors = {}
-        for name, value, expected, plain in zip(names, values, oracle, eager, strict=False):
+        for name, value, expected, plain in zip(names[: len(values)], values, oracle, eager, strict=True):
             if not expected.is_floating_point():  # labels: two classes may be as good as equal
                 errors[name] = float((value != expected).double().mean())
                 if errors[name] > LABELS_THAT_MAY_DIFFER:

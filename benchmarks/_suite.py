@@ -98,6 +98,6 @@ class Suite:
     checked: Callable[[Sample], Sample] | None = None
 
 
-def shapes(sample: Sample) -> dict[str, list]:
-    """Argument name to shape, or to a list of shapes."""
-    return {name: list(getattr(spec, "shape", spec)) for name, spec in sample.shapes.items()}
+def shapes(sample: Sample) -> dict[str, list | None]:
+    """Argument name to shape, or to a list of shapes, of any depth; None where there is no tensor."""
+    return {name: None if spec is None else list(getattr(spec, "shape", spec)) for name, spec in sample.shapes.items()}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import segops
 from segops import _dispatch
@@ -74,12 +74,14 @@ def check_current_stream(case: Case) -> None:
     """On a side stream behind a long wait, the kernels see what that stream wrote."""
     tensors = inputs(case)
     expected = run(case, tensors)
-    late = tree_map(torch.zeros_like, tensors)
+    late = tree_map_only(Tensor, torch.zeros_like, tensors)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
-        tree_map(lambda x, source: x.copy_(source), late, tensors)
+        for x, source in zip(tree_leaves(late), tree_leaves(tensors), strict=True):
+            if x is not None:
+                x.copy_(source)
         actual = run(case, late)
     stream.synchronize()
     if not same(actual, expected):

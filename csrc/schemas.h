@@ -64,6 +64,12 @@ inline constexpr std::string_view nmf2d =
 inline constexpr std::string_view nmf2d_backward =
     "(Tensor(a!) grad_x, Tensor(b!) grad_bases, Tensor grad_out, Tensor x, Tensor bases, Tensor coefficients, "
     "Tensor history, bool one_step, float eps) -> ()";
+// taps [C, kh kw + 2 sum(k)], biases [C, 1 + 2 pairs]; grad_x also gets the product of scaled and scale.
+inline constexpr std::string_view multi_scale_strip_conv =
+    "(Tensor(a!) out, Tensor x, Tensor taps, Tensor biases, int[] kernel_size, int[] strip_lengths) -> ()";
+inline constexpr std::string_view multi_scale_strip_conv_backward =
+    "(Tensor(a!) grad_x, Tensor(b!) grad_taps, Tensor(c!) grad_biases, Tensor grad_out, Tensor x, Tensor taps, "
+    "Tensor biases, Tensor? scaled, Tensor? scale, int[] kernel_size, int[] strip_lengths) -> ()";
 // Caps the instruction set of the CPU kernels (0 base, 1 avx2, 2 avx512) and returns the one in force.
 inline constexpr std::string_view cpu_isa = "(int cap) -> int";
 

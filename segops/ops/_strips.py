@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .. import _checks
 
-__all__ = ["Strip", "backward_flops", "empty_gradients", "empty_like_input", "flops", "pack", "why_not"]
+__all__ = [
+    "Strip",
+    "backward_flops",
+    "empty_gradients",
+    "empty_like_input",
+    "flops",
+    "pack",
+    "why_not",
+    "why_not_backward",
+]
 
 Strip = Sequence[Tensor | None]  # 1 x k weight and bias, k x 1 weight and bias
 
@@ -25,7 +34,7 @@ def pack(
     if min(x.shape[1:]) < 1:
         raise ValueError(f"{function}: x must have C, H, W >= 1, got {tuple(x.shape)}")
     c = x.shape[1]
-    _depthwise(function, "weight", weight, x, (None, None))
+    _depthwise(function, "weight", weight, x)
     taps, biases = [weight], [_bias(function, "bias", bias, x)]
     if not isinstance(strips, Sequence):
         raise TypeError(f"{function}: strips must be a sequence of (w_1xk, b, w_kx1, b), got {type(strips).__name__}")
@@ -35,22 +44,31 @@ def pack(
                 f"{function}: strips[{i}] must be (w_1xk, bias or None, w_kx1, bias or None), got {strip!r}"
             )
         across, across_bias, down, down_bias = strip
-        _depthwise(function, f"strips[{i}][0]", across, x, (1, None))
-        _depthwise(function, f"strips[{i}][2]", down, x, (across.shape[3], 1))
-        taps += [across, down]
+        taps.append(_depthwise(function, f"strips[{i}][0]", across, x, height=1))
+        taps.append(_depthwise(function, f"strips[{i}][2]", down, x, int(taps[-1].shape[3]), 1))
         biases += [_bias(function, f"strips[{i}][{j}]", b, x) for j, b in ((1, across_bias), (3, down_bias))]
     lengths = [int(w.shape[3]) for w in taps[1::2]]
-    return torch.cat([w.reshape(c, -1) for w in taps], 1), torch.stack(biases, 1), list(weight.shape[2:]), lengths
+    return (
+        torch.cat([w.reshape(c, -1) for w in taps], 1),
+        torch.stack(biases, 1),
+        [int(k) for k in weight.shape[2:]],
+        lengths,
+    )
 
 
-def _depthwise(function: str, name: str, weight: Any, x: Tensor, size: tuple[int | None, int | None]) -> None:
-    words = [str(s) if s else "odd" for s in size]
-    layout = f"[{x.shape[1]}, 1, {words[0]}, {words[1]}]"
-    _checks.tensor(function, name, weight, layout)
-    fits = all(k == s if s else k % 2 == 1 for k, s in zip(weight.shape[2:], size, strict=True))
-    if weight.shape[:2] != (x.shape[1], 1) or not fits:
-        raise ValueError(f"{function}: {name} must be {layout}, got {tuple(weight.shape)}")
+def _depthwise(
+    function: str, name: str, weight: Any, x: Tensor, height: int | None = None, width: int | None = None
+) -> Tensor:
+    """A weight of the given size, odd where there is none."""
+    c = x.shape[1]
+    _checks.tensor(function, name, weight, f"[{c}, 1, {height or 'odd'}, {width or 'odd'}]")
+    kh, kw = (int(k) for k in weight.shape[2:])
+    fits = kh == (height or kh) and kw == (width or kw) and kh % 2 == 1 and kw % 2 == 1
+    if weight.shape[0] != c or weight.shape[1] != 1 or not fits:
+        expected = f"[{c}, 1, {height or 'odd'}, {width or 'odd'}]"
+        raise ValueError(f"{function}: {name} must be {expected}, got {tuple(weight.shape)}")
     _checks.alike(function, "x", x, name, weight)
+    return weight
 
 
 def _bias(function: str, name: str, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -80,6 +98,10 @@ def why_not(x: Tensor, *args: Any) -> str | None:
     return None
 
 
+def why_not_backward(grad_out: Tensor, *args: Any) -> str | None:
+    return why_not(grad_out)
+
+
 def flops(x: Sequence[int], kernel_size: Sequence[int], strip_lengths: Sequence[int]) -> int:
     """Of the convolutions, as torch.utils.flop_counter counts them."""
     return 2 * math.prod(x) * sum(h * w for h, w in _windows(kernel_size, strip_lengths))
@@ -91,7 +113,8 @@ def backward_flops(x: Sequence[int], kernel_size: Sequence[int], strip_lengths: 
 
     where = ([1, 1], [0, 0], [1, 1], False, [0, 0], x[1], [True, True, False])
     weights = [[x[1], 1, h, w] for h, w in _windows(kernel_size, strip_lengths)]
-    return sum(conv_backward_flop(list(x), list(x), w, None, *where, out_val=(list(x), w)) for w in weights)
+    count: Any = conv_backward_flop
+    return sum(count(list(x), list(x), w, None, *where, out_val=(list(x), w)) for w in weights)
 
 
 def _windows(kernel_size: Sequence[int], strip_lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
-from .._dispatch import Op
+from .. import _checks, _dispatch
+from .._dispatch import Compiled, Op
 from ..reference.msca import msca as reference
 from ._gradients import differentiate_through_reference, pull_back
-from ._strips import Strip, backward_flops, empty_gradients, empty_like_input, flops, pack
+from ._strips import Strip, backward_flops, empty_gradients, empty_like_input, flops, pack, why_not, why_not_backward
 
 __all__ = ["msca"]
 
@@ -128,13 +129,90 @@ def _backward_flops(grad_out, x, taps, biases, proj_weight, proj_bias, sums, gat
     return backward_flops(x, kernel_size, strip_lengths) + 2 * _proj_flops(x)
 
 
+# The matrix products are torch's, on the layout that the strips wrote.
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] whose channels are adjacent, as [N H W, C]."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _adjacent(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _project(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 1x1 convolution of a dense map, in its layout."""
+    if _adjacent(s):
+        return F.conv2d(s, weight[:, :, None, None], bias)
+    columns, weights = s.flatten(2), weight.expand(s.shape[0], -1, -1)
+    if bias is None:
+        return torch.bmm(weights, columns).view(s.shape)
+    return torch.baddbmm(bias[:, None], weights, columns).view(s.shape)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """sum over pixels of a b^T, of dense maps of one layout: [C, C]."""
+    if _adjacent(a):
+        return _by_rows(a).t() @ _by_rows(b)
+    return torch.bmm(a.flatten(2), b.flatten(2).mT).sum(0)
+
+
+def _attend(sums, x, proj_weight, proj_bias, training):
+    gate = _project(sums, proj_weight, proj_bias)
+    if training:
+        return torch.mul(gate, x, out=torch.empty_like(gate)), sums, gate
+    return gate.mul_(x), x.new_empty(0), x.new_empty(0)
+
+
+def _native(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths, training):
+        sums = empty_like_input(x)
+        compiled.multi_scale_strip_conv(sums, x, taps, biases, kernel_size, strip_lengths)
+        return _attend(sums, x, proj_weight, proj_bias, training)
+
+    return run
+
+
+def _native_backward(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(grad_out, x, taps, biases, proj_weight, proj_bias, sums, gate, kernel_size, strip_lengths):
+        gradients = empty_gradients(x, taps, biases)
+        grad_gate = torch.mul(grad_out, x, out=torch.empty_like(gate))
+        grad_sums = _project(grad_gate, proj_weight.t(), None)
+        proj = (_outer(grad_gate, sums), x.new_empty(0) if proj_bias is None else grad_gate.sum((0, 2, 3)))
+        del grad_gate
+        windows = (kernel_size, strip_lengths)
+        compiled.multi_scale_strip_conv_backward(*gradients, grad_sums, x, taps, biases, grad_out, gate, *windows)
+        return (*gradients, *proj)
+
+    return run
+
+
+def _triton(x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths, training):
+    out, sums, gate = _empty(x, training)
+    _dispatch.kernels("msca").forward(
+        out, sums, gate, x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths
+    )
+    return out, sums, gate
+
+
+def _triton_backward(*args):
+    gradients = _empty_gradients(*args[1:6])
+    _dispatch.kernels("msca").backward(*gradients, *args)
+    return gradients
+
+
 OP = Op(
     "msca",
     "(Tensor x, Tensor taps, Tensor biases, Tensor proj_weight, Tensor? proj_bias, int[2] kernel_size, "
     "int[] strip_lengths, bool training) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends={},
+    backends=_dispatch.backends(native=Compiled("multi_scale_strip_conv", _native), triton=_triton, why_not=why_not),
     autocast=("x", "taps", "biases", "proj_weight", "proj_bias"),
     flops=_flops,
 )
@@ -146,7 +224,11 @@ BACKWARD = Op(
     "Tensor gate, int[2] kernel_size, int[] strip_lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    backends={},
+    backends=_dispatch.backends(
+        native=Compiled("multi_scale_strip_conv_backward", _native_backward),
+        triton=_triton_backward,
+        why_not=why_not_backward,
+    ),
     flops=_backward_flops,
 )
 differentiate_through_reference(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from .._dispatch import Op
+from .. import _dispatch
+from .._dispatch import Compiled, Op
 from ..reference.multi_scale_strip_conv import multi_scale_strip_conv as reference
 from ._gradients import differentiate_through_reference, pull_back
-from ._strips import Strip, backward_flops, empty_gradients, empty_like_input, flops, pack
+from ._strips import Strip, backward_flops, empty_gradients, empty_like_input, flops, pack, why_not, why_not_backward
 
 __all__ = ["multi_scale_strip_conv"]
 
@@ -76,12 +78,48 @@ def _backward(ctx, grad_out):
     return (*BACKWARD(grad_out, *ctx.saved_tensors, ctx.kernel_size, ctx.strip_lengths), None, None)
 
 
+def _native(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(x, taps, biases, kernel_size, strip_lengths):
+        out = empty_like_input(x)
+        compiled.multi_scale_strip_conv(out, x, taps, biases, kernel_size, strip_lengths)
+        return out
+
+    return run
+
+
+def _native_backward(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(grad_out, x, taps, biases, kernel_size, strip_lengths):
+        gradients = empty_gradients(x, taps, biases)
+        windows = (kernel_size, strip_lengths)
+        compiled.multi_scale_strip_conv_backward(*gradients, grad_out, x, taps, biases, None, None, *windows)
+        return gradients
+
+    return run
+
+
+def _triton(x, taps, biases, kernel_size, strip_lengths):
+    out = empty_like_input(x)
+    _dispatch.kernels("multi_scale_strip_conv").forward(out, x, taps, biases, kernel_size, strip_lengths)
+    return out
+
+
+def _triton_backward(grad_out, x, taps, biases, kernel_size, strip_lengths):
+    gradients = empty_gradients(x, taps, biases)
+    windows = (kernel_size, strip_lengths)
+    _dispatch.kernels("multi_scale_strip_conv").backward(*gradients, grad_out, x, taps, biases, None, None, *windows)
+    return gradients
+
+
 OP = Op(
     "multi_scale_strip_conv",
     "(Tensor x, Tensor taps, Tensor biases, int[2] kernel_size, int[] strip_lengths) -> Tensor",
     reference=reference,
     fake=_fake,
-    backends={},
+    backends=_dispatch.backends(native=Compiled("multi_scale_strip_conv", _native), triton=_triton, why_not=why_not),
     autocast=("x", "taps", "biases"),
     flops=lambda x, taps, biases, *windows: flops(x, *windows),
 )
@@ -93,7 +131,11 @@ BACKWARD = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    backends={},
+    backends=_dispatch.backends(
+        native=Compiled("multi_scale_strip_conv_backward", _native_backward),
+        triton=_triton_backward,
+        why_not=why_not_backward,
+    ),
     flops=lambda grad_out, x, taps, biases, *windows: backward_flops(x, *windows),
 )
 differentiate_through_reference(BACKWARD, ("grad_out", "x", "taps", "biases"))

@@ -57,17 +57,20 @@ def depthwise(
 
 
 def sample_inputs() -> list[Sample]:
-    """Edges first: one pixel, primes, maps smaller than every strip, no strips, no biases, one past every block."""
+    """Edges first: one pixel, primes, maps smaller than every strip, no strips, no biases, one past every block.
+
+    Not three channels in a long row with 21 taps: there eager PyTorch 2.13 does not return in float16.
+    """
     return [
-        Sample("one_pixel", depthwise((2, 3, 1, 1), lengths=(3, 5)), tiny=True, scale=0.5),
-        Sample("prime_sizes", depthwise((2, 3, 5, 7), (3, 5), (3, 7)), tiny=True, scale=0.5),
-        Sample("smaller_than_window", depthwise((1, 2, 3, 4), (5, 3), (11,)), tiny=True, scale=0.5),
-        Sample("plain", depthwise((2, 5, 4, 3), (3, 3), (5, 1), bias=False), tiny=True, scale=0.5),
+        Sample("one_pixel", depthwise((2, 3, 1, 1), (3, 5), (3,)), tiny=True, scale=0.5),
+        Sample("prime_sizes", depthwise((2, 3, 5, 7), (3, 3), (3, 5)), tiny=True, scale=0.5),
+        Sample("smaller_than_window", depthwise((1, 2, 2, 3), (3, 1), (7,)), tiny=True, scale=0.5),
+        Sample("plain", depthwise((2, 5, 4, 3), (1, 3), (5, 1), bias=False), tiny=True, scale=0.5),
         Sample("no_strips", depthwise((1, 3, 6, 5), (1, 7), ()), tiny=True, scale=0.5),
         Sample("one_tap", depthwise((2, 17, 2, 3), (1, 1), (1,)), tiny=True, scale=0.5),
-        Sample("mscan", depthwise((2, 20, 23, 29)), scale=0.3),
-        Sample("long_row", depthwise((1, 3, 3, 301), (3, 3), (21, 9)), scale=0.3),
-        Sample("tall", depthwise((1, 33, 70, 5), (7, 5), (7, 11, 21, 31)), scale=0.3),
-        Sample("one_past_blocks", depthwise((1, 65, 33, 17)), scale=0.3),
+        Sample("mscan", depthwise((1, 18, 23, 13)), scale=0.3),
+        Sample("long_row", depthwise((1, 17, 3, 301), (3, 3), (21, 9)), scale=0.3),
+        Sample("tall", depthwise((1, 17, 70, 3), (3, 3), (31,)), scale=0.3),
+        Sample("one_past_blocks", depthwise((1, 65, 17, 9), (3, 3), (5,)), scale=0.3),
         Sample("blocks", depthwise((3, 32, 16, 32)), scale=0.3),
     ]
