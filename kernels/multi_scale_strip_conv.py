@@ -56,19 +56,6 @@ def _shifted(pointers, strides, y, x, mask, dy, dx, size):
 
 
 @triton.jit
-def _add_window(
-    acc, pointers, strides, taps, step, exists, y, x, mask, size,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, REVERSED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    for t in range(HEIGHT * WIDTH):
-        tap = FIRST + ((HEIGHT * WIDTH - 1 - t) if REVERSED else t)
-        factor = tl.load(taps + tap * step, mask=exists, other=0.0).to(ACC)
-        seen = _shifted(pointers, strides, y, x, mask, t // WIDTH - HEIGHT // 2, t % WIDTH - WIDTH // 2, size)
-        acc += factor[None, :] * seen.to(ACC)
-    return acc
-
-
-@triton.jit
 def _convolve(
     out, base, maps, taps, biases, scaled, scale,
     out_strides, base_strides, map_strides, map_step, taps_strides, biases_strides, scaled_strides, scale_strides,
@@ -86,11 +73,14 @@ def _convolve(
     if base is not None:
         acc += tl.load(at(base, base_strides, image, y, x, c), mask=mask).to(ACC)
     for i in tl.static_range(len(WINDOWS)):
+        height: tl.constexpr = WINDOWS[i][0]
+        width: tl.constexpr = WINDOWS[i][1]
         pointers = at(maps, map_strides, image, y, x, c) + i * map_step
-        acc = _add_window(
-            acc, pointers, map_strides, taps + c * taps_strides[0], taps_strides[1], exists, y, x, mask, size,
-            WINDOWS[i][0], WINDOWS[i][1], WINDOWS[i][2], REVERSED, ACC,
-        )  # fmt: skip
+        for t in range(height * width):
+            tap = WINDOWS[i][2] + ((height * width - 1 - t) if REVERSED else t)
+            factor = tl.load(taps + c * taps_strides[0] + tap * taps_strides[1], mask=exists, other=0.0).to(ACC)
+            seen = _shifted(pointers, map_strides, y, x, mask, t // width - height // 2, t % width - width // 2, size)
+            acc += factor[None, :] * seen.to(ACC)
     if scaled is not None:
         product = tl.load(at(scaled, scaled_strides, image, y, x, c), mask=mask).to(ACC)
         acc += product * tl.load(at(scale, scale_strides, image, y, x, c), mask=mask).to(ACC)
