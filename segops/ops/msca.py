@@ -94,8 +94,8 @@ def _fake_backward(grad_out, x, taps, biases, proj_weight, proj_bias, sums, gate
 
 
 def _reference_backward(grad_out, x, taps, biases, proj_weight, proj_bias, sums, gate, kernel_size, strip_lengths):
-    def out(*tensors):
-        return (reference(*tensors, kernel_size, strip_lengths, False)[0],)
+    def out(x, taps, biases, proj_weight, proj_bias):
+        return (reference(x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths, False)[0],)
 
     return pull_back(out, (x, taps, biases, proj_weight, proj_bias), (grad_out,))
 
