@@ -56,6 +56,20 @@ def _shifted(pointers, strides, y, x, mask, dy, dx, size):
 
 
 @triton.jit
+def _add_window(
+    acc, pointers, strides, y, x, mask, taps, tap_stride, exists, size,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, REVERSED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """acc + window * map."""
+    for t in range(HEIGHT * WIDTH):
+        tap = FIRST + ((HEIGHT * WIDTH - 1 - t) if REVERSED else t)
+        factor = tl.load(taps + tap * tap_stride, mask=exists, other=0.0).to(ACC)
+        seen = _shifted(pointers, strides, y, x, mask, t // WIDTH - HEIGHT // 2, t % WIDTH - WIDTH // 2, size)
+        acc += factor[None, :] * seen.to(ACC)
+    return acc
+
+
+@triton.jit
 def _convolve(
     out, base, maps, taps, biases, scaled, scale,
     out_strides, base_strides, map_strides, map_step, taps_strides, biases_strides, scaled_strides, scale_strides,
@@ -73,14 +87,11 @@ def _convolve(
     if base is not None:
         acc += tl.load(at(base, base_strides, image, y, x, c), mask=mask).to(ACC)
     for i in tl.static_range(len(WINDOWS)):
-        height: tl.constexpr = WINDOWS[i][0]
-        width: tl.constexpr = WINDOWS[i][1]
         pointers = at(maps, map_strides, image, y, x, c) + i * map_step
-        for t in range(height * width):
-            tap = WINDOWS[i][2] + ((height * width - 1 - t) if REVERSED else t)
-            factor = tl.load(taps + c * taps_strides[0] + tap * taps_strides[1], mask=exists, other=0.0).to(ACC)
-            seen = _shifted(pointers, map_strides, y, x, mask, t // width - height // 2, t % width - width // 2, size)
-            acc += factor[None, :] * seen.to(ACC)
+        acc = _add_window(
+            acc, pointers, map_strides, y, x, mask, taps + c * taps_strides[0], taps_strides[1], exists, size,
+            WINDOWS[i][0], WINDOWS[i][1], WINDOWS[i][2], REVERSED, ACC,
+        )  # fmt: skip
     if scaled is not None:
         product = tl.load(at(scaled, scaled_strides, image, y, x, c), mask=mask).to(ACC)
         acc += product * tl.load(at(scale, scale_strides, image, y, x, c), mask=mask).to(ACC)
@@ -158,14 +169,18 @@ def _windows(kernel_size: list[int], strip_lengths: list[int]) -> list[tuple[int
 
 def _blocks(x: Tensor) -> tuple[int, int]:
     """Pixels and channels of a program: whole vectors along whichever is adjacent in memory."""
-    channels = min(triton.next_power_of_2(x.shape[1]), 64) if x.stride(1) == 1 and x.shape[1] > 1 else 1
+    channels = min(triton.next_power_of_2(x.shape[1]), 64 if _adjacent(x) else 8)
     return (1024 if x.element_size() < 8 else 512) // channels, channels
+
+
+def _adjacent(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1
 
 
 def _maps(x: Tensor, count: int) -> Tensor:
     """``count`` maps of x's shape and layout."""
     n, c, h, w = x.shape
-    if _blocks(x)[1] > 1:
+    if _adjacent(x):
         return torch.empty((count, n, h, w, c), dtype=x.dtype, device=x.device).permute(0, 1, 4, 2, 3)
     return torch.empty((count, n, c, h, w), dtype=x.dtype, device=x.device)
 

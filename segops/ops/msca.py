@@ -94,8 +94,8 @@ def _fake_backward(grad_out, x, taps, biases, proj_weight, proj_bias, sums, gate
 
 
 def _reference_backward(grad_out, x, taps, biases, proj_weight, proj_bias, sums, gate, kernel_size, strip_lengths):
-    def out(*tensors):
-        return (reference(*tensors, kernel_size, strip_lengths, False)[0],)
+    def out(x, taps, biases, proj_weight, proj_bias):
+        return (reference(x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths, False)[0],)
 
     return pull_back(out, (x, taps, biases, proj_weight, proj_bias), (grad_out,))
 
@@ -158,20 +158,27 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(2), b.flatten(2).mT).sum(0)
 
 
-def _attend(sums, x, proj_weight, proj_bias, training):
-    gate = _project(sums, proj_weight, proj_bias)
-    if training:
-        return torch.mul(gate, x, out=torch.empty_like(gate)), sums, gate
-    return gate.mul_(x), x.new_empty(0), x.new_empty(0)
+_CHUNK = 8 << 20  # bytes of images that a core finds in its cache again
 
 
 def _native(namespace):
     compiled = getattr(torch.ops, namespace)
 
     def run(x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths, training):
-        sums = empty_like_input(x)
-        compiled.multi_scale_strip_conv(sums, x, taps, biases, kernel_size, strip_lengths)
-        return _attend(sums, x, proj_weight, proj_bias, training)
+        def strips(x):
+            sums = empty_like_input(x)
+            compiled.multi_scale_strip_conv(sums, x, taps, biases, kernel_size, strip_lengths)
+            return sums
+
+        if training:
+            sums = strips(x)
+            gate = _project(sums, proj_weight, proj_bias)
+            return torch.mul(gate, x, out=torch.empty_like(gate)), sums, gate
+        out = empty_like_input(x)
+        some = max(_CHUNK // max(x[:1].nbytes, 1), 1) if x.device.type == "cpu" else max(x.shape[0], 1)
+        for part, images in zip(out.split(some), x.split(some), strict=True):
+            torch.mul(_project(strips(images), proj_weight, proj_bias), images, out=part)
+        return out, x.new_empty(0), x.new_empty(0)
 
     return run
 

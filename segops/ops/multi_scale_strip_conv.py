@@ -60,8 +60,8 @@ def _fake_backward(grad_out, x, taps, biases, kernel_size, strip_lengths):
 
 
 def _reference_backward(grad_out, x, taps, biases, kernel_size, strip_lengths):
-    def out(*tensors):
-        return (reference(*tensors, kernel_size, strip_lengths),)
+    def out(x, taps, biases):
+        return (reference(x, taps, biases, kernel_size, strip_lengths),)
 
     return pull_back(out, (x, taps, biases), (grad_out,))
 

@@ -48,7 +48,7 @@ def sample_inputs() -> list[Sample]:
         _sample("smaller_than_window", (1, 2, 2, 3), (3, 1), (7,), tiny=True),
         _sample("plain", (2, 5, 4, 3), (1, 3), (5, 1), bias=False, proj_bias=False, tiny=True),
         _sample("one_channel", (2, 1, 6, 5), (3, 3), (), tiny=True),
-        _sample("mscan", (1, 18, 23, 13)),
+        _sample("mscan", (2, 34, 23, 29)),
         _sample("one_past_blocks", (1, 65, 17, 9), (3, 3), (5,), proj_bias=False),
         _sample("blocks", (3, 32, 16, 32)),
     ]

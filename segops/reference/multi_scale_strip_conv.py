@@ -68,9 +68,9 @@ def sample_inputs() -> list[Sample]:
         Sample("plain", depthwise((2, 5, 4, 3), (1, 3), (5, 1), bias=False), tiny=True, scale=0.5),
         Sample("no_strips", depthwise((1, 3, 6, 5), (1, 7), ()), tiny=True, scale=0.5),
         Sample("one_tap", depthwise((2, 17, 2, 3), (1, 1), (1,)), tiny=True, scale=0.5),
-        Sample("mscan", depthwise((1, 18, 23, 13)), scale=0.3),
-        Sample("long_row", depthwise((1, 17, 3, 301), (3, 3), (21, 9)), scale=0.3),
-        Sample("tall", depthwise((1, 17, 70, 3), (3, 3), (31,)), scale=0.3),
+        Sample("mscan", depthwise((2, 34, 23, 29)), scale=0.3),
+        Sample("long_row", depthwise((2, 17, 5, 301), (3, 3), (21, 9)), scale=0.3),
+        Sample("tall", depthwise((2, 17, 410, 3), (3, 3), (31,)), scale=0.3),
         Sample("one_past_blocks", depthwise((1, 65, 17, 9), (3, 3), (5,)), scale=0.3),
         Sample("blocks", depthwise((3, 32, 16, 32)), scale=0.3),
     ]
