@@ -1,8 +1,6 @@
 // Multi-scale strip convolution for one instruction set; see multi_scale_strip_conv.cpp for the formula and the plan.
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+#include "cpu/arena.body.h"
 
 constexpr int P = 8;  // outputs of a pass of the inner kernels, along W or along H
 constexpr int max_taps = SEGOPS_VECTOR_REGISTERS == 32 ? 7 : 5;  // taps of a pass, in registers beside the outputs
