@@ -242,19 +242,11 @@ struct Worker {
     bool take(int64_t g) { return held[g % slots] != g && (held[g % slots] = g, true); }
   };
 
-  // Scratch memory is one allocation: each part takes what it needs, first to be counted, then for real.
-  struct Arena {
-    char* base;
-    int64_t used = 0;
-    template <typename U>
-    U* take(int64_t count) {
-      U* at = base ? reinterpret_cast<U*>(base + used) : nullptr;
-      used += round_up(count * int64_t(sizeof(U)), 64);
-      return at;
-    }
+  struct RingArena : Arena {
     Ring ring(int64_t slots, int64_t size) {
       Ring r;
-      r.slots = slots, r.size = size, r.held = take<int64_t>(slots), r.data = take<A>(slots * size);
+      r.slots = slots, r.size = size;
+      r.held = this->template take<int64_t>(slots), r.data = this->template take<A>(slots * size);
       return r;
     }
   };
@@ -301,7 +293,7 @@ struct Worker {
     Ring key, value;
     A *query, *sums, *out, *outside;
   };
-  Forward forward_scratch(Arena& arena) const {
+  Forward forward_scratch(RingArena& arena) const {
     Forward s;
     s.key = arena.ring(least(kh, p.h), p.d * row), s.value = arena.ring(least(kh, p.h), p.dv * row);
     s.query = arena.template take<A>(p.d * row);
@@ -390,7 +382,7 @@ struct Worker {
     Ring query, key, value, grad, probability, grad_score;
     A *sums, *delta, *out, *temporary;
   };
-  Backward backward_scratch(Arena& arena) const {
+  Backward backward_scratch(RingArena& arena) const {
     // A key row is seen from kh query rows; from up to 2 kh - 1 where windows are pushed back inside at both ends.
     const int64_t seen = least(shift ? 2 * kh - 1 : kh, p.h), reach = least(kh, p.h);
     Backward s;
@@ -508,7 +500,7 @@ struct Worker {
 template <typename T>
 void run(const Problem& p, bool backward, int64_t begin, int64_t end, Scratch& scratch) {
   Worker<T> worker(p, backward);
-  typename Worker<T>::Arena arena{nullptr};
+  typename Worker<T>::RingArena arena{nullptr};
   backward ? (void)worker.backward_scratch(arena) : (void)worker.forward_scratch(arena);
   arena = {scratch.zeroed(arena.used)};
   if (!arena.base) return;
