@@ -70,6 +70,53 @@ class BilinearUpsampling(nn.Module):
         return upsample_argmax(logits, size, align_corners=self.align_corners)
 
 
+class BilinearDecoder(nn.Module):
+    """What decoders share whose logits, at the stride of the finest map, are upsampled bilinearly.
+
+    ``strides=None`` means that the last map is at ``coarsest``, each finer one at half of the next, at least 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        strides: Sequence[int] | None,
+        align_corners: bool,
+        coarsest: int = 32,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_in_channels(name, in_channels)
+        if strides is None:
+            strides = [max(coarsest >> i, 1) for i in range(len(in_channels))][::-1]
+        check_strides(name, in_channels, strides)
+        check_classes(name, num_classes)
+        self.in_channels, self.strides, self.num_classes = tuple(in_channels), tuple(strides), num_classes
+        self.output_stride = self.strides[0]
+        self.align_corners = align_corners
+        self.upsample = BilinearUpsampling(align_corners)
+
+    def loss(self, features: Sequence[Tensor], target: Tensor, **ce: Any) -> Tensor:
+        """Cross-entropy at the target's size, without the logits of that size.
+
+        Args:
+            features: As for :meth:`forward`.
+            target: [N, H, W], integer labels, of any size.
+            ce: Keywords of :func:`segops.upsample_cross_entropy`.
+        """
+        return self.upsample.loss(self(features), target, **ce)
+
+    @torch.no_grad()
+    def predict(self, features: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Labels [N, *size], uint8 for up to 255 classes, without the logits of that size.
+
+        Args:
+            features: As for :meth:`forward`.
+            size: Height and width of the labels, usually those of the image; None means those of the logits.
+        """
+        return self.upsample.predict(self(features), size)
+
+
 def init_gaussian(module: nn.Module, std: float = 0.1) -> None:
     """Convolutions from a Gaussian of mean 0, their biases 0."""
     for child in module.modules():

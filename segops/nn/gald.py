@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,9 @@ from torch import Tensor, nn
 from .. import _checks
 from ..ops.local_attention import BORDERS, local_attention
 from ._layers import (
-    BilinearUpsampling,
-    check_classes,
+    BilinearDecoder,
     check_features,
-    check_in_channels,
     check_map,
-    check_strides,
     conv_bn,
     resize,
 )
@@ -158,7 +154,7 @@ class LocalDistributionV2(nn.Module):
         )
 
 
-class GALDHead(nn.Module):
+class GALDHead(BilinearDecoder):
     """Decoder: global aggregation, then local distribution, of the coarsest map; finer maps sharpen the result.
 
     ``x = features[-1]`` is reduced to ``channels`` (3x3), aggregated (``ga``), distributed (``ld``), concatenated with
@@ -220,21 +216,13 @@ class GALDHead(nn.Module):
         dropout: float = 0.1,
         align_corners: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, num_classes, strides, align_corners, coarsest=8)
         name = type(self).__name__
-        check_in_channels(name, in_channels)
-        if strides is None:
-            strides = [max(8 >> i, 1) for i in range(len(in_channels))][::-1]
-        check_strides(name, in_channels, strides)
-        check_classes(name, num_classes)
         for argument, given, supported in (("ga", ga, ("psp", None)), ("ld", ld, ("v2", None))):
             if given not in supported:
                 raise ValueError(f"{name}: {argument} must be {supported[0]!r} or None, got {given!r}")
         if arrangement != "gald":
             raise ValueError(f"{name}: arrangement must be 'gald', got {arrangement!r}")
-        self.in_channels, self.strides, self.num_classes = tuple(in_channels), tuple(strides), num_classes
-        self.output_stride = self.strides[0]
-        self.align_corners = align_corners
 
         *skips, coarsest = self.in_channels
         self.reduce = conv_bn(coarsest, channels, 3)
@@ -251,7 +239,6 @@ class GALDHead(nn.Module):
         self.laterals = nn.ModuleList(conv_bn(width, skip_channels, 1) for width in skips)
         self.merges = nn.ModuleList(conv_bn(channels + skip_channels, channels, 3) for _ in skips)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
-        self.upsample = BilinearUpsampling(align_corners)
 
     def forward(
         self, features: Sequence[Tensor], *, return_aux: bool = False
@@ -278,26 +265,6 @@ class GALDHead(nn.Module):
             x = self.merges[i](torch.cat([x, self.laterals[i](skips[i])], 1))
         logits = self.classifier(x)
         return (logits, {}) if return_aux else logits
-
-    def loss(self, features: Sequence[Tensor], target: Tensor, **ce: Any) -> Tensor:
-        """Cross-entropy at the target's size, without the logits of that size.
-
-        Args:
-            features: As for :meth:`forward`.
-            target: [N, H, W], integer labels, of any size.
-            ce: Keywords of :func:`segops.upsample_cross_entropy`.
-        """
-        return self.upsample.loss(self(features), target, **ce)
-
-    @torch.no_grad()
-    def predict(self, features: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """Labels [N, *size], uint8 for up to 255 classes, without the logits of that size.
-
-        Args:
-            features: As for :meth:`forward`.
-            size: Height and width of the labels, usually those of the image; None means those of the logits.
-        """
-        return self.upsample.predict(self(features), size)
 
 
 class _PyramidPooling(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,8 @@ from torch import Tensor, nn
 from .. import _checks
 from ..ops.nmf2d import GRADS, nmf2d
 from ._layers import (
-    BilinearUpsampling,
-    check_classes,
+    BilinearDecoder,
     check_features,
-    check_in_channels,
-    check_strides,
     conv_bn,
     init_gaussian,
     resize,
@@ -30,51 +26,7 @@ BASES = ("random", "fixed")
 GROUP_NORM = partial(nn.GroupNorm, 32)
 
 
-class _Head(nn.Module):
-    """What the decoders that end in bilinear upsampling share: the contract's attributes, loss and predict."""
-
-    def __init__(
-        self, in_channels: Sequence[int], num_classes: int, strides: Sequence[int] | None, align_corners: bool
-    ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        check_in_channels(name, in_channels)
-        if strides is None:
-            strides = [32 >> i for i in range(len(in_channels))][::-1]
-        check_strides(name, in_channels, strides)
-        check_classes(name, num_classes)
-        self.in_channels, self.strides, self.num_classes = tuple(in_channels), tuple(strides), num_classes
-        self.output_stride = self.strides[0]
-        self.align_corners = align_corners
-        self.upsample = BilinearUpsampling(align_corners)
-
-    def loss(self, features: Sequence[Tensor], target: Tensor, **ce: Any) -> Tensor:
-        """Cross-entropy at the target's size, without the logits of that size.
-
-        Args:
-            features: As for :meth:`forward`.
-            target: [N, H, W], integer labels, of any size.
-            ce: Keywords of :func:`segops.upsample_cross_entropy`.
-        """
-        return self.upsample.loss(self(features), target, **ce)
-
-    @torch.no_grad()
-    def predict(self, features: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """Labels [N, *size], uint8 for up to 255 classes, without the logits of that size.
-
-        Args:
-            features: As for :meth:`forward`.
-            size: Height and width of the labels, usually those of the image; None means those of the logits.
-        """
-        return self.upsample.predict(self(features), size)
-
-    def gathered(self, features: Sequence[Tensor]) -> Tensor:
-        """Every map at the size of the finest, concatenated fine to coarse."""
-        check_features(type(self).__name__, features, self.in_channels)
-        return torch.cat([resize(x, features[0].shape[2:], self.align_corners) for x in features], 1)
-
-
-class LightHamHead(_Head):
+class LightHamHead(BilinearDecoder):
     """Decoder of SegNeXt: maps concatenated at the finest, squeezed, factorised, aligned, classified.
 
     ``s = squeeze(maps)``, ``m = relu(s + ham_out(NMF(relu(ham_in(s)))))``, ``logits = conv_seg(dropout(align(m)))``;
@@ -179,7 +131,10 @@ class LightHamHead(_Head):
         Returns:
             logits [N, num_classes, H_0, W_0]; with ``return_aux`` also a dict, empty in this head.
         """
-        x = self.squeeze(self.gathered(features))
+        check_features(type(self).__name__, features, self.in_channels)
+        # Every map at the size of the finest.
+        maps = [resize(x, features[0].shape[2:], self.align_corners) for x in features]
+        x = self.squeeze(torch.cat(maps, 1))
         if hasattr(self, "hamburger"):
             x = self.hamburger(x, bases, generator)
         elif bases is None and generator is None:
@@ -190,7 +145,7 @@ class LightHamHead(_Head):
         return (logits, {}) if return_aux else logits
 
 
-class MLPHead(_Head):
+class MLPHead(BilinearDecoder):
     """Decoder (a) of Table 6, SegFormer's: every map through 1x1 conv, BN, ReLU, upsampled, concatenated, fused.
 
     Args:
