@@ -422,6 +422,13 @@ unsigned blocks_of(const Call<T>& call) {
   return static_cast<unsigned>(count);
 }
 
+// Memory for sums of x's elements.
+Tensor new_sums(const Tensor& x, int64_t count) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(x, {count}, dtype);
+}
+
 void multi_scale_strip_conv(const Tensor& out, const Tensor& x, const Tensor& taps, const Tensor& biases,
                             std::vector<int64_t> kernel_size, std::vector<int64_t> strip_lengths) {
   if (x.numel() == 0) return;
@@ -446,9 +453,7 @@ void multi_scale_strip_conv_backward(const Tensor& grad_x, const Tensor& grad_ta
     if (scaled) call.scaled = map<T>(*scaled), call.scale = map<T>(*scale);
     const std::size_t bytes = choose_tile(call, backward_size);
     const int64_t tiles = call.images * call.rows_of_tiles * call.columns_of_tiles;
-    const Tensor partial = torch::stable::new_empty(
-        x, {call.channels, tiles, call.entries},
-        std::is_same_v<A, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
+    const Tensor partial = new_sums(x, call.channels * tiles * call.entries);
     call.partial = static_cast<A*>(partial.data_ptr());
     launch(backward_kernel<T>, blocks_of(call), threads, bytes, x, call);
     const Gradients<T> to{static_cast<T*>(grad_taps.data_ptr()), static_cast<T*>(grad_biases.data_ptr()),

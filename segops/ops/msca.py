@@ -141,14 +141,15 @@ def _adjacent(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _project(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The 1x1 convolution of a dense map, in its layout."""
+def _project(s: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution of a dense map, in its layout; may write into ``out``."""
     if _adjacent(s):
         return F.conv2d(s, weight[:, :, None, None], bias)
     columns, weights = s.flatten(2), weight.expand(s.shape[0], -1, -1)
+    to = None if out is None else out.flatten(2)
     if bias is None:
-        return torch.bmm(weights, columns).view(s.shape)
-    return torch.baddbmm(bias[:, None], weights, columns).view(s.shape)
+        return torch.bmm(weights, columns, out=to).view(s.shape)
+    return torch.baddbmm(bias[:, None], weights, columns, out=to).view(s.shape)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -165,19 +166,19 @@ def _native(namespace):
     compiled = getattr(torch.ops, namespace)
 
     def run(x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths, training):
-        def strips(x):
-            sums = empty_like_input(x)
-            compiled.multi_scale_strip_conv(sums, x, taps, biases, kernel_size, strip_lengths)
-            return sums
-
+        windows = (kernel_size, strip_lengths)
         if training:
-            sums = strips(x)
+            sums = empty_like_input(x)
+            compiled.multi_scale_strip_conv(sums, x, taps, biases, *windows)
             gate = _project(sums, proj_weight, proj_bias)
             return torch.mul(gate, x, out=torch.empty_like(gate)), sums, gate
         out = empty_like_input(x)
         some = max(_CHUNK // max(x[:1].nbytes, 1), 1) if x.device.type == "cpu" else max(x.shape[0], 1)
+        sums = empty_like_input(x[:some])
         for part, images in zip(out.split(some), x.split(some), strict=True):
-            torch.mul(_project(strips(images), proj_weight, proj_bias), images, out=part)
+            s = sums[: images.shape[0]]
+            compiled.multi_scale_strip_conv(s, images, taps, biases, *windows)
+            torch.mul(_project(s, proj_weight, proj_bias, part), images, out=part)
         return out, x.new_empty(0), x.new_empty(0)
 
     return run
