@@ -198,7 +198,33 @@ def _rearrange_cases() -> Iterator[tuple[str, Instance, dict[str, int]]]:
             yield f"dupsample/cuda/{kernel}/{dtype}/{layout}/k21", (kernel, STORED[dtype]), launch
 
 
+# multi_scale_strip_conv: SegNeXt's windows on 8 x 64 x 128 x 128; kernel and element type.
+
+_STRIPS = re.compile(r"\d(forward|backward|sum)_kernelI(?:NS\d*_6(Bits16)E|(f)|(d))E")
+
+
+def _strips_instance(name: str) -> Instance:
+    kernel, *stored = _STRIPS.search(name).groups()
+    return kernel, next(filter(None, stored))
+
+
+def _strips_cases() -> Iterator[tuple[str, Instance, dict[str, int]]]:
+    lengths = [7, 11, 21]
+    for (dtype, torch_dtype), (layout, memory_format) in itertools.product(DTYPES.items(), LAYOUTS.items()):
+        x, out, grad = (torch.empty(8, 64, 128, 128, dtype=torch_dtype, memory_format=memory_format) for _ in range(3))
+        taps = torch.empty(64, 25 + 2 * sum(lengths), dtype=torch_dtype)
+        biases = torch.empty(64, 1 + 2 * len(lengths), dtype=torch_dtype)
+        forward = (out, x, taps, biases, [5, 5], lengths)
+        backward = (out, taps, biases, grad, x, taps, biases, None, None, [5, 5], lengths)
+        [launch] = _launches(lambda ops, args=forward: ops.multi_scale_strip_conv(*args), 1)
+        yield f"multi_scale_strip_conv/cuda/forward/{dtype}/{layout}", ("forward", STORED[dtype]), launch
+        launches = _launches(lambda ops, args=backward: ops.multi_scale_strip_conv_backward(*args), 2)
+        for kernel, full, launch in zip(("backward", "sum"), ("backward", "backward_sum"), launches, strict=True):
+            yield f"multi_scale_strip_conv/cuda/{full}/{dtype}/{layout}", (kernel, STORED[dtype]), launch
+
+
 AUDITED = {
     "dupsample": Audited(_rearrange_instance, _rearrange_cases, lambda instrs: _sass().hot_loop(instrs)),
     "local_attention": Audited(_attention_instance, _attention_cases, _products),
+    "multi_scale_strip_conv": Audited(_strips_instance, _strips_cases, _products),
 }
