@@ -100,7 +100,8 @@ class Op:
         fake: Outputs of the right shape, dtype and strides, from the arguments of the schema.
         backends: Device type to rows, the preferred one first.
         autocast: Arguments that autocast casts to its dtype on the way in.
-        flops: What FlopCounterMode counts, from the op's arguments with shapes in place of tensors.
+        flops: What FlopCounterMode counts, from the op's arguments with shapes in place of tensors; None: nothing, as
+            for interpolation and labels.
     """
 
     def __init__(

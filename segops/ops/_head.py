@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ._losses import accumulator
 
-__all__ = ["check_classes", "check_head", "check_size", "contiguous", "empty_gradients"]
+__all__ = ["backward_flops", "check_classes", "check_head", "check_size", "contiguous", "empty_gradients", "flops"]
 
 
 def check_head(
@@ -84,6 +84,15 @@ def empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_bias, grad_temperature = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (bias, temperature))
     return torch.empty_like(x), torch.empty_like(weight), grad_bias, grad_temperature
+
+
+def flops(x: Sequence[int], weight: Sequence[int], *args: Any) -> int:
+    """Of the 1x1 convolution, from shapes."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def backward_flops(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *args: Any) -> int:
+    return 2 * flops(x, weight)
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from .._dispatch import Compiled, Op
 from ..reference.dupsample import check_temperature
 from ..reference.dupsample import dupsample as reference
 from ._gradients import differentiate_through_reference, pull_back
-from ._head import check_head, check_size, contiguous, empty_gradients
+from ._head import backward_flops, check_head, check_size, contiguous, empty_gradients, flops
 from ._losses import accumulator, why_not
 
 __all__ = ["dupsample"]
@@ -210,6 +210,7 @@ OP = Op(
         why_not=why_not,
     ),
     autocast=("x", "weight", "bias"),
+    flops=flops,
 )
 OP.register_autograd(_backward, _setup_context)
 
@@ -225,5 +226,6 @@ BACKWARD = Op(
         cuda=Compiled("dupsample_rearrange_backward", _cuda_backward),
         why_not=_why_not_backward,
     ),
+    flops=backward_flops,
 )
 differentiate_through_reference(BACKWARD, ("grad_out", "x", "weight", "bias", "temperature"))

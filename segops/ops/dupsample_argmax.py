@@ -11,7 +11,7 @@ from .. import _checks, _dispatch
 from .._dispatch import Compiled, Op
 from ..reference.dupsample import check_temperature
 from ..reference.dupsample_argmax import dupsample_argmax as reference
-from ._head import check_classes, check_head, check_size, contiguous
+from ._head import check_classes, check_head, check_size, contiguous, flops
 from ._losses import empty_labels, why_not
 
 __all__ = ["dupsample_argmax"]
@@ -135,5 +135,6 @@ OP = Op(
         why_not=why_not,
     ),
     autocast=("x", "weight", "bias"),
+    flops=flops,
 )
 OP.register_no_gradient()

@@ -13,7 +13,7 @@ from ..reference._losses import check_labels as check_target
 from ..reference.dupsample import check_temperature
 from ..reference.dupsample_cross_entropy import dupsample_cross_entropy as reference
 from ._gradients import differentiate_through_reference, pull_back
-from ._head import check_classes, check_head, check_size, contiguous, empty_gradients
+from ._head import backward_flops, check_classes, check_head, check_size, contiguous, empty_gradients, flops
 from ._losses import check_settings, empty, raise_label, reduced, why_not
 
 __all__ = ["dupsample_cross_entropy"]
@@ -199,6 +199,7 @@ OP = Op(
     fake=_fake,
     backends=_dispatch.backends(native=Compiled(NAME, _native), triton=_triton, cuda=NO_CUDA, why_not=why_not),
     autocast=("x", "weight", "bias"),
+    flops=flops,
 )
 OP.register_autograd(_backward, _setup_context)
 
@@ -215,5 +216,6 @@ BACKWARD = Op(
         cuda=NO_CUDA,
         why_not=_why_not_backward,
     ),
+    flops=backward_flops,
 )
 differentiate_through_reference(BACKWARD, ("grad_loss", "x", "weight", "bias", "temperature"), saved=("lse",))

@@ -240,6 +240,16 @@ def _triton_backward(grad_out, grad_lse, query, key, value, out, lse, *window):
     return gradients
 
 
+def _flops(query, key, value, kernel_size, *settings):
+    """Of the two products with the taps, from shapes."""
+    n, _, h, w = query
+    return 2 * n * h * w * (query[1] + value[1]) * kernel_size[0] * kernel_size[1]
+
+
+def _backward_flops(grad_out, grad_lse, query, key, value, out, lse, kernel_size, *settings):
+    return 2 * _flops(query, key, value, kernel_size)
+
+
 OP = Op(
     "local_attention",
     "(Tensor query, Tensor key, Tensor value, int[2] kernel_size, int[2] dilation, int num_heads, float scale, "
@@ -252,6 +262,7 @@ OP = Op(
         why_not=_why_not,
     ),
     autocast=("query", "key", "value"),
+    flops=_flops,
 )
 OP.register_autograd(_backward, _setup_context)
 
@@ -266,5 +277,6 @@ BACKWARD = Op(
         triton=_triton_backward,
         why_not=_why_not_backward,
     ),
+    flops=_backward_flops,
 )
 differentiate_through_reference(BACKWARD, ("grad_out", "grad_lse", "query", "key", "value"), saved=("out", "lse"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import segops
 from segops import dupsample_cross_entropy
@@ -186,3 +187,22 @@ def test_wrong_arguments(change, error, message):
     good["target"] = torch.zeros(1, 4, 6, dtype=torch.int64)
     with pytest.raises(error, match=f"dupsample_cross_entropy: .*{message}|dupsample_cross_entropy: {message}"):
         dupsample_cross_entropy(**{**good, **change})
+
+
+@pytest.mark.parametrize("fused", ["dupsample", "dupsample_cross_entropy", "dupsample_argmax"])
+def test_flops_are_those_of_the_convolution(fused):
+    x, weight, bias = (x.float().requires_grad_() for x in head(2, 4, 3, 5, 7, 2))
+    target = labels((2, 6, 10), 7)
+    calls = {
+        "dupsample": lambda: segops.dupsample(x, weight, bias, scale_factor=2).sum(),
+        "dupsample_cross_entropy": lambda: dupsample_cross_entropy(x, weight, target, bias=bias, scale_factor=2),
+        "dupsample_argmax": lambda: segops.dupsample_argmax(x, weight, bias, scale_factor=2),
+    }
+    counts = []
+    for call in (calls[fused], lambda: F.conv2d(x, weight[:, :, None, None], bias).sum()):
+        with segops.use_backend("cpu"), FlopCounterMode(display=False) as counter:
+            out = call()
+            if fused != "dupsample_argmax":
+                out.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

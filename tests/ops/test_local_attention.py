@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import segops
 from segops import local_attention
@@ -252,3 +254,21 @@ def test_wrong_arguments(change, error, message):
     good = {name: torch.zeros(1, 4, 5, 6) for name in ("query", "key", "value")} | {"kernel_size": 3}
     with pytest.raises(error, match=f"local_attention: .*{message}|local_attention: {message}"):
         local_attention(**{**good, **change})
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_flops_are_those_of_two_products_with_the_taps(backward):
+    q, k, v = (torch.randn(2, c, 5, 7, requires_grad=True) for c in (6, 6, 4))
+
+    def unfolded():
+        scores = torch.einsum("ncp,nctp->npt", q.flatten(2), F.unfold(k, 3, 2, 2).view(2, 6, 9, 35))
+        return torch.einsum("npt,nctp->ncp", scores.softmax(2), F.unfold(v, 3, 2, 2).view(2, 4, 9, 35))
+
+    counts = []
+    for function in (lambda: segops.local_attention(q, k, v, 3, 2), unfolded):
+        with segops.use_backend("cpu"), FlopCounterMode(display=False) as counter:
+            out = function()
+            if backward:
+                out.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
