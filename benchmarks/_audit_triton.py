@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import _sass
-
 from segops.kernels._launch import TARGETS, Launch, aot_cases
 
 Row = dict[str, Any]
