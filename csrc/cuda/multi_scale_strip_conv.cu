@@ -326,7 +326,6 @@ __global__ void __launch_bounds__(threads) backward_kernel(const Call<T> call) {
   }
   tile.sum_taps(sums, x, da, call.kh, call.kw, false, turn);
   tile.sum_all(bias_sums, da, turn);
-  __syncthreads();
   tile.along_rows(h, da, call.kh, call.kw, reversed, A(0), false);
   __syncthreads();
   for (int i = threadIdx.x; i < size * size; i += threads) {

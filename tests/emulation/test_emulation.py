@@ -83,6 +83,24 @@ def rearrange(ops, shape, scale_factor, size, classes, dtype=torch.float32, layo
     return [out, grad_columns]
 
 
+def strips(ops, shape, kernel_size, lengths, dtype=torch.float32, layout="contiguous"):
+    """Output of ``multi_scale_strip_conv`` and all gradients on fixed random inputs."""
+    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
+    generator = torch.Generator().manual_seed(0)
+    x, grad_out, scaled, scale = (
+        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=memory_format) for _ in range(4)
+    )
+    count = kernel_size[0] * kernel_size[1] + 2 * sum(lengths)
+    taps = torch.randn(shape[1], count, generator=generator).to(dtype)
+    biases = torch.randn(shape[1], 1 + 2 * len(lengths), generator=generator).to(dtype)
+    out, grad_x, grad_taps, grad_biases = (torch.full_like(like, torch.nan) for like in (x, x, taps, biases))
+    windows = list(kernel_size), list(lengths)
+    ops.multi_scale_strip_conv(out, x, taps, biases, *windows)
+    gradients = grad_x, grad_taps, grad_biases
+    ops.multi_scale_strip_conv_backward(*gradients, grad_out, x, taps, biases, scaled, scale, *windows)
+    return [out, *gradients]
+
+
 # Between them: several tiles per axis, 1 to 16 threads per strip, windows in one and in several blocks, each border.
 CALLS = {
     "several_tiles": (local_attention, (1, 16, 30, 61), (5, 5), (1, 1), 1, "zero", torch.bfloat16, "channels_last"),
@@ -94,11 +112,14 @@ CALLS = {
     "pixels_fastest": (rearrange, (1, 3, 15), 8, (24, 113), 3, torch.bfloat16, "contiguous", -0.7),
     "classes_fastest": (rearrange, (2, 4, 8), 4, (14, 32), 21, torch.float32, "channels_last"),
     "odd_strides": (rearrange, (1, 5, 7), 3, (14, 20), 5, torch.float64, "contiguous", 2.0),
+    "strips_in_tiles": (strips, (1, 2, 21, 70), (5, 5), (7, 11), torch.float32, "contiguous"),
+    "strips_of_one_tile": (strips, (2, 3, 7, 9), (3, 5), (3, 5, 9), torch.bfloat16, "channels_last"),
 }
 # Those whose kernels every barrier is taken out of.
 WITHOUT_BARRIER = {
     "local_attention": ("pushed_windows", "several_tiles"),
     "dupsample": ("pixels_fastest", "classes_fastest"),
+    "multi_scale_strip_conv": ("strips_of_one_tile", "strips_in_tiles"),
 }
 
 
