@@ -30,7 +30,7 @@ from segops.nn import SegNeXt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.nn.test_segnext import TwinHam, TwinMSCAN  # noqa: E402
+from tests.nn.segnext_twin import TwinHam, TwinMSCAN  # noqa: E402
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 SIDES = ("segops", "eager")
