@@ -10,6 +10,7 @@ from . import compat, dupsampling, metrics, nn, ops, reference
 from ._dispatch import BackendError, explain, record, use_backend
 from ._fuse import fuse, unfuse
 from ._info import info
+from .ops.axial_attention import axial_attention
 from .ops.confusion_matrix import confusion_matrix
 from .ops.dupsample import dupsample
 from .ops.dupsample_argmax import dupsample_argmax
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "axial_attention",
     "compat",
     "confusion_matrix",
     "dupsample",

@@ -2,6 +2,7 @@
 
 from .. import _dispatch
 from . import (
+    axial_attention,
     confusion_matrix,
     dupsample,
     dupsample_argmax,
@@ -15,6 +16,7 @@ from . import (
 )
 
 __all__ = [
+    "axial_attention",
     "confusion_matrix",
     "dupsample",
     "dupsample_argmax",
