@@ -1,6 +1,7 @@
 """Modules that hold the parameters of the papers' layers and call :mod:`segops.ops`."""
 
 from .aspp import ASPP
+from .car import CAR
 from .dupsampling import CompressedLabelLoss, DUpsampling, DUpsamplingDecoder
 from .gald import GALDHead, LocalDistributionV2
 from .label_autoencoder import LabelAutoencoder
@@ -11,6 +12,7 @@ from .segnext import SegmentationModel, SegNeXt
 
 __all__ = [
     "ASPP",
+    "CAR",
     "MSCA",
     "MSCAN",
     "CompressedLabelLoss",

@@ -2,6 +2,8 @@
 
 from .. import _dispatch
 from . import (
+    car_losses,
+    class_centers,
     confusion_matrix,
     dupsample,
     dupsample_argmax,
@@ -15,6 +17,8 @@ from . import (
 )
 
 __all__ = [
+    "car_losses",
+    "class_centers",
     "confusion_matrix",
     "dupsample",
     "dupsample_argmax",
