@@ -2,6 +2,7 @@
 
 from .aspp import ASPP
 from .axial import AxialAttention2d
+from .car import CAR
 from .dupsampling import CompressedLabelLoss, DUpsampling, DUpsamplingDecoder
 from .gald import GALDHead, LocalDistributionV2
 from .hfgd import HFGD, CAEOutput, ContextAugmentedEncoder, HFGDHead
@@ -15,6 +16,7 @@ from .semantic_fpn import SemanticFPN, UltraSemanticFPN
 
 __all__ = [
     "ASPP",
+    "CAR",
     "HFGD",
     "MSCA",
     "MSCAN",

@@ -110,9 +110,7 @@ class AxialAttention2d(nn.Module):
 
         # One call of axial_attention for each entry: its axes, and the names of its query and key.
         calls = [((axis,), f"_{axis}") for axis in self.order] if qk_per_axis else [(self.order, "")]
-        self._calls = [
-            (axes, *((f"query_key{s}",) * 2 if tie_qk else (f"query{s}", f"key{s}"))) for axes, s in calls
-        ]
+        self._calls = [(axes, *((f"query_key{s}",) * 2 if tie_qk else (f"query{s}", f"key{s}"))) for axes, s in calls]
         for _, *names in self._calls:
             for child in dict.fromkeys(names):
                 self.add_module(child, projection(qk_channels))
@@ -141,9 +139,7 @@ class AxialAttention2d(nn.Module):
             q, k = (projected[child] for child in names)
             v = results.pop() if results and self.combine == "compose" else value
             results.append(
-                axial_attention(
-                    q, k, v, num_heads=self.num_heads, scale=self.scale, combine=self.combine, order=axes
-                )
+                axial_attention(q, k, v, num_heads=self.num_heads, scale=self.scale, combine=self.combine, order=axes)
             )
         y = reduce(torch.add, results)
         if self.merge == "interleaved":

@@ -345,7 +345,9 @@ class HFGD(SegmentationModel):
         maps = _feature_info(backbone)
         if in_channels is None:
             if not maps:
-                raise ValueError(f"{type(self).__name__}: in_channels must be given for a backbone without feature_info")
+                raise ValueError(
+                    f"{type(self).__name__}: in_channels must be given for a backbone without feature_info"
+                )
             in_channels = [channels for channels, stride in maps if stride >= 4]
             strides = [stride for _, stride in maps if stride >= 4] if strides is None else strides
         strides = (4, 8, 16, 32) if strides is None else strides

@@ -3,6 +3,8 @@
 from .. import _dispatch
 from . import (
     axial_attention,
+    car_losses,
+    class_centers,
     confusion_matrix,
     dupsample,
     dupsample_argmax,
@@ -17,6 +19,8 @@ from . import (
 
 __all__ = [
     "axial_attention",
+    "car_losses",
+    "class_centers",
     "confusion_matrix",
     "dupsample",
     "dupsample_argmax",
