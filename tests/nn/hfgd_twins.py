@@ -134,7 +134,7 @@ class TwinHFGD(nn.Module):
 
 def plain_car(x: Tensor, target: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """CAR's losses with one-hot matrix products, centres of the batch (CAR, car_core)."""
-    n, c, h, w = x.shape
+    _, c, h, w = x.shape
     rows, columns = (
         ((torch.arange(out) * (into - 1) / max(out - 1, 1)) + 0.5).floor().long()
         for out, into in ((h, target.shape[1]), (w, target.shape[2]))
