@@ -70,13 +70,13 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, H, W]."""
         check_map(type(self).__name__, "x", x, self.in_channels)
-        q, k, v = (conv(x).flatten(2) for conv in (self.query, self.key, self.value))
+        row = [conv(x).flatten(2).unsqueeze(2) for conv in (self.query, self.key, self.value)]  # [N, C, 1, H * W]
         if x.device.type == "cpu":
-            y = axial_attention(*(t.unsqueeze(2) for t in (q, k, v)), scale=self.scale, order=("width",)).squeeze(2)
+            y = axial_attention(row[0], row[1], row[2], scale=self.scale, order=("width",))
         else:
-            y = F.scaled_dot_product_attention(*(t.mT.unsqueeze(1) for t in (q, k, v)), scale=self.scale)
-            y = y.squeeze(1).mT
-        return y.unflatten(2, x.shape[2:])
+            q, k, v = (t.movedim(1, 3) for t in row)
+            y = F.scaled_dot_product_attention(q, k, v, scale=self.scale).movedim(3, 1)
+        return y.squeeze(2).unflatten(2, x.shape[2:])
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"

@@ -113,9 +113,10 @@ class SemanticFPN(nn.Module):
         levels = []
         for i, (x, blocks) in enumerate(zip(maps, self.levels, strict=True)):
             ends = sizes[: max(i, 1)][::-1] + doubled[1:]
-            for block, end in zip(blocks[:-1], ends[:-1], strict=True):
+            *before, last = blocks.children()
+            for block, end in zip(before, ends[:-1], strict=True):
                 x = resize(block(x), end, self.align_corners)
-            levels.append(blocks[-1](x))
+            levels.append(last(x))
         # Resizing is linear: the levels' last resize, the same one for all that have it, comes after their sum.
         own = [] if self.doublings else [levels.pop(0)]
         if levels:
