@@ -24,6 +24,14 @@ inline constexpr std::string_view local_attention_backward =
     "(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor grad_out, Tensor? grad_lse, "
     "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     "int[] kernel_size, int[] dilation, int num_heads, float scale, int border) -> ()";
+// combine: 0 compose, 1 sum, 2 joint; axes: 0 height, 1 width, 2 height first, 3 width first. first may be [0]; lse
+// [N, heads, softmaxes, H, W] is float32, or float64 beside float64 tensors.
+inline constexpr std::string_view axial_attention =
+    "(Tensor(a!) out, Tensor(b!) first, Tensor(c!) lse, Tensor query, Tensor key, Tensor value, int num_heads, "
+    "float scale, int combine, int axes) -> ()";
+inline constexpr std::string_view axial_attention_backward =
+    "(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor grad_out, Tensor query, Tensor key, "
+    "Tensor value, Tensor out, Tensor first, Tensor lse, int num_heads, float scale, int combine, int axes) -> ()";
 // Native ops that read labels return -1, or the flat index in the label map of the first label outside [0, classes) that is
 // not ignore_index. Weights are [r * r * classes, channels]; loss, count, lse, class_weight, temperature and confidence are
 // float32, or float64 beside float64 tensors.

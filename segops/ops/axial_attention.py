@@ -7,17 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._dispatch import Op
+from .. import _checks, _dispatch
+from .._dispatch import Compiled, Op
 from ..reference.axial_attention import axial_attention as reference
 from ._gradients import differentiate_through_reference, pull_back
-from ._losses import accumulator
+from ._losses import accumulator, why_not
 
 __all__ = ["axial_attention"]
 
 NAME = "axial_attention"
 COMBINES = ("compose", "sum", "joint")
 AXES = ("height", "width")
+CODES = ("h", "w", "hw", "wh")  # of the axes, for the native op
+NO_CUDA = "no CUDA C++: matrix products want tensor cores, which are Triton's"
 
 
 def axial_attention(
@@ -159,6 +161,42 @@ def _backward(ctx, grad_out, *_):
     return (*BACKWARD(grad_out, *ctx.saved_tensors, *ctx.settings), *(None,) * 5)
 
 
+def _native(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(query, key, value, num_heads, scale, combine, axes, training):
+        outputs = _empty(query, value, num_heads, combine, axes, training)
+        settings = (num_heads, scale, COMBINES.index(combine), CODES.index(axes))
+        compiled.axial_attention(*outputs, query, key, value, *settings)
+        return outputs
+
+    return run
+
+
+def _native_backward(namespace):
+    compiled = getattr(torch.ops, namespace)
+
+    def run(grad_out, query, key, value, out, first, lse, num_heads, scale, combine, axes):
+        gradients = _empty_gradients(query, key, value)
+        settings = (num_heads, scale, COMBINES.index(combine), CODES.index(axes))
+        compiled.axial_attention_backward(*gradients, grad_out, query, key, value, out, first, lse, *settings)
+        return gradients
+
+    return run
+
+
+def _triton(query, key, value, num_heads, scale, combine, axes, training):
+    outputs = _empty(query, value, num_heads, combine, axes, training)
+    _dispatch.kernels(NAME).forward(*outputs, query, key, value, num_heads, scale, combine, axes)
+    return outputs
+
+
+def _triton_backward(grad_out, query, key, value, *saved_and_settings):
+    gradients = _empty_gradients(query, key, value)
+    _dispatch.kernels(NAME).backward(*gradients, grad_out, query, key, value, *saved_and_settings)
+    return gradients
+
+
 def _flops(query, key, value, num_heads, scale, combine, axes, *training):
     """Of the two products along each axis, from shapes."""
     n, c, h, w = query
@@ -176,7 +214,7 @@ OP = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends={},
+    backends=_dispatch.backends(native=Compiled(NAME, _native), triton=_triton, cuda=NO_CUDA, why_not=why_not),
     autocast=("query", "key", "value"),
     flops=_flops,
 )
@@ -188,7 +226,9 @@ BACKWARD = Op(
     "float scale, str combine, str axes) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    backends={},
+    backends=_dispatch.backends(
+        native=Compiled(f"{NAME}_backward", _native_backward), triton=_triton_backward, cuda=NO_CUDA, why_not=why_not
+    ),
     flops=_backward_flops,
 )
 differentiate_through_reference(BACKWARD, ("grad_out", "query", "key", "value"), saved=("out", "first", "lse"))
