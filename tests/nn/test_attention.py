@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import segops
 from segops.nn import AxialAttention2d, SelfAttention2d
 
-from .hfgd_twins import TwinAxial, TwinSelfAttention, attend
+from .hfgd_twin import TwinAxial, TwinSelfAttention, attend
 from .twins import assert_same_outputs_and_gradients
 
 

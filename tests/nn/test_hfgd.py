@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import segops
 from segops.nn import CAR, HFGD, MSCAN, ContextAugmentedEncoder, HFGDHead
 
-from .hfgd_twins import TwinCAE, TwinHFGD, plain_car
+from .hfgd_twin import TwinCAE, TwinHFGD, plain_car
 from .twins import assert_same_outputs_and_gradients
 
 WIDTHS, SIZES, CLASSES = (3, 4, 5, 7), ((17, 22), (9, 11), (5, 6), (3, 3)), 6

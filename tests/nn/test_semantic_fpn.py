@@ -8,7 +8,7 @@ from torch import nn
 
 from segops.nn import SemanticFPN, UltraSemanticFPN
 
-from .hfgd_twins import TwinFPN
+from .hfgd_twin import TwinFPN
 from .twins import assert_same_outputs_and_gradients
 
 SIZES = ((17, 22), (9, 11), (5, 6), (3, 3))
