@@ -25,7 +25,7 @@ from segops.nn import SegNeXt
 
 sys.path.insert(0, str(ROOT))
 
-from tests.nn.test_segnext import TwinHam, TwinMSCAN
+from tests.nn.segnext_twin import TwinHam, TwinMSCAN
 
 DIRECTIONS = {"prediction": 1, "training": 4}  # and the batch
 CLASSES = 150
