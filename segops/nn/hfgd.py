@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -293,7 +294,7 @@ class HFGDHead(BilinearDecoder):
 
     def loss(self, features: Sequence[Tensor], target: Tensor, **options: Any) -> Tensor:
         """The sum of :meth:`losses`, which takes the same arguments."""
-        return torch.stack(list(self.losses(features, target, **options).values())).sum()
+        return reduce(torch.add, self.losses(features, target, **options).values())
 
     def _guided(self, x: Tensor) -> Tensor:
         bias = self.classifier.bias
@@ -376,7 +377,7 @@ class HFGD(SegmentationModel):
             maps, target, car=self.car, fine_weight=self.fine_weight, coarse_weight=self.coarse_weight,
             **{"ignore_index": self.ignore_index, **ce},
         )  # fmt: skip
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+        return {"loss": reduce(torch.add, terms.values()), **terms}
 
     def loss(self, image: Tensor, target: Tensor, **ce: Any) -> Tensor:
         """The loss alone; arguments as for a call with a target."""
