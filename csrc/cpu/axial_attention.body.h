@@ -30,6 +30,49 @@ template <typename A, int Rows, int Vectors, int Row>
     }
 }
 
+// The first `count` of a vector's elements, as widen and narrow take them, through masks where there are any: copying
+// them one by one takes longer than everything else that is done to the end of a line.
+#if SEGOPS_X86_ISAS && SEGOPS_VECTOR_BYTES == 64
+[[gnu::always_inline]] inline Vec<float> widen_some(const float* p, int64_t count) {
+  return __builtin_ia32_loadups512_mask(p, Vec<float>{}, uint16_t((1u << count) - 1));
+}
+[[gnu::always_inline]] inline Vec<double> widen_some(const double* p, int64_t count) {
+  return __builtin_ia32_loadupd512_mask(p, Vec<double>{}, uint8_t((1u << count) - 1));
+}
+template <typename T>
+[[gnu::always_inline]] inline Vec<float> widen_some(const T* p, int64_t count) {
+  typedef short Shorts __attribute__((vector_size(32)));
+  T full[16];
+  const auto bits = __builtin_ia32_loaddquhi256_mask(reinterpret_cast<const short*>(p), Shorts{}, uint16_t((1u << count) - 1));
+  __builtin_memcpy(full, &bits, 32);
+  return widen(static_cast<const T*>(full));
+}
+[[gnu::always_inline]] inline void narrow_some(Vec<float> x, float* p, int64_t count) {
+  __builtin_ia32_storeups512_mask(p, x, uint16_t((1u << count) - 1));
+}
+[[gnu::always_inline]] inline void narrow_some(Vec<double> x, double* p, int64_t count) {
+  __builtin_ia32_storeupd512_mask(p, x, uint8_t((1u << count) - 1));
+}
+template <typename T>
+[[gnu::always_inline]] inline void narrow_some(Vec<float> x, T* p, int64_t count) {
+  typedef short Shorts __attribute__((vector_size(32)));
+  T full[16];
+  Shorts bits;
+  narrow(x, static_cast<T*>(full));
+  __builtin_memcpy(&bits, full, 32);
+  __builtin_ia32_storedquhi256_mask(reinterpret_cast<short*>(p), bits, uint16_t((1u << count) - 1));
+}
+#else
+template <typename T>
+[[gnu::always_inline]] inline auto widen_some(const T* p, int64_t count) {
+  return widen(p, count);
+}
+template <typename T, typename V>
+[[gnu::always_inline]] inline void narrow_some(V x, T* p, int64_t count) {
+  narrow(x, p, count);
+}
+#endif
+
 // Rows of scalars in panels: [parts][depth][width], one panel per block of sums.
 struct Panels {
   int64_t width, parts;
@@ -64,19 +107,28 @@ template <typename Kernel>
   }
 }
 
-// out[rows][tile] (+)= panels of [depth] scalars * b[depth][tile].
+// out[rows][tile] (+)= panels of [depth] scalars * b[depth][tile], of which the first `width` queries are wanted.
 template <typename A>
-void product(const Panels& rows, const A* panels, int64_t depth, const A* b, int64_t b_step, A* out, bool add) {
+void product(const Panels& rows, const A* panels, int64_t depth, const A* b, int64_t b_step, int64_t width, A* out,
+             bool add) {
+  constexpr int64_t L = Simd<A>::lanes;
   with_width(rows.width, [&]<int W>() {
     for (int64_t part = 0; part < rows.parts; ++part)
-      for (int64_t x = 0; x < tile; x += 2 * Simd<A>::lanes)
-        multiply<A, W, 2, 1>(panels + part * depth * W, W, b + x, b_step, depth, out + part * W * tile + x, tile, add);
+      for (int64_t x = 0; x < width; x += 2 * L) {
+        const A* a = panels + part * depth * W;
+        A* to = out + part * W * tile + x;
+        if (x + L < width)
+          multiply<A, W, 2, 1>(a, W, b + x, b_step, depth, to, tile, add);
+        else
+          multiply<A, W, 1, 1>(a, W, b + x, b_step, depth, to, tile, add);
+      }
   });
 }
 
-// out[rows][columns] += sum over a tile's queries of scores[rows][tile] * b[tile][columns].
+// out[rows][columns] += sum over `width` queries of scores[rows][tile] * b[tile][columns].
 template <typename A>
-void outer_product(const Panels& rows, const A* scores, const A* b, int64_t columns, A* out, int64_t out_step) {
+void outer_product(const Panels& rows, const A* scores, int64_t width, const A* b, int64_t columns, A* out,
+                   int64_t out_step) {
   constexpr int64_t L = Simd<A>::lanes;
   with_width(rows.width, [&]<int W>() {
     for (int64_t x = 0; x < columns; x += 2 * L)
@@ -84,9 +136,9 @@ void outer_product(const Panels& rows, const A* scores, const A* b, int64_t colu
         const A* from = scores + part * W * tile;
         A* to = out + part * W * out_step + x;
         if (x + L < columns)
-          multiply<A, W, 2, tile>(from, 1, b + x, columns, tile, to, out_step, true);
+          multiply<A, W, 2, tile>(from, 1, b + x, columns, width, to, out_step, true);
         else
-          multiply<A, W, 1, tile>(from, 1, b + x, columns, tile, to, out_step, true);
+          multiply<A, W, 1, tile>(from, 1, b + x, columns, width, to, out_step, true);
       }
   });
 }
@@ -148,13 +200,14 @@ struct Worker {
         long_row(spread(round_up(p.length, tile) + L)), d_row(round_up(p.d, L)), c_row(round_up(p.chunk, L)) {}
 
   bool chunked() const { return chunk < p.dv; }
+  static int64_t width_of(int64_t queries) { return least(round_up(queries, L), tile); }  // of a tile, in whole vectors
   int64_t tiles() const { return cells / tile; }
   int64_t scores_at(int64_t line, int64_t x) const {
     return chunked() ? (line * tiles() + x / tile) * keys.rows() * tile : 0;
   }
 
   void take_memory(Arena& arena, bool backward) {
-    const int64_t G = p.group, C = most(d, chunk), slack = 2 * L, held = chunked() ? G * tiles() : 1;
+    const int64_t G = p.group(), C = most(d, chunk), slack = 2 * L, held = chunked() ? G * tiles() : 1;
     planar = arena.take<A>(G * C * long_row + slack), rows = arena.take<A>((long_row + L) * most(d_row, c_row) + slack);
     q = arena.take<A>(G * d * row), k = arena.take<A>(G * keys.rows() * d + slack);
     lse = arena.take<A>(G * row), factor = arena.take<A>(G * row), keep = arena.take<A>(G * row);
@@ -180,8 +233,8 @@ struct Worker {
     Task t;
     t.first = index % p.pieces * p.piece_length(), t.last = least(t.first + p.piece_length(), p.length);
     index /= p.pieces;
-    t.line = index % p.groups() * p.group, t.lines = least(p.group, p.lines - t.line);
-    index /= p.groups();
+    t.line = p.first_line(index % p.groups), t.lines = p.first_line(index % p.groups + 1) - t.line;
+    index /= p.groups;
     t.head = index % p.heads, t.n = index / p.heads;
     return t;
   }
@@ -209,7 +262,7 @@ struct Worker {
           A* to = plane + c * long_row;
           int64_t x = 0;
           for (; x + L <= count; x += L) store(to + x, widen(in + x) * by);
-          if (x < count) store(to + x, widen(in + x, count - x) * by), x += L;
+          if (x < count) store(to + x, widen_some(in + x, count - x) * by), x += L;
           for (; x < padded; x += L) store(to + x, Vec<A>{});
         }
       } else if (map.c == 1) {
@@ -217,7 +270,7 @@ struct Worker {
           const T* in = from + x * map.pixel;
           int64_t c = 0;
           for (; c + L <= channels; c += L) store(rows + x * step + c, widen(in + c) * by);
-          if (c < channels) store(rows + x * step + c, widen(in + c, channels - c) * by);
+          if (c < channels) store(rows + x * step + c, widen_some(in + c, channels - c) * by);
         }
         zero(rows + count * step, (padded - count) * step);
         if constexpr (Planar) turn(rows, step, padded, channels, plane, long_row);
@@ -242,12 +295,16 @@ struct Worker {
       for (int64_t line = 0; line < lines; line += L) {
         const int64_t some = least(lines - line, L);
         Vec<A> square[L];
+        for (int64_t i = x; i < least(x + L, count); ++i) {
+          const T* next = from + map.c + i * map.pixel + line;
+          __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + some - 1, 0, 2);
+        }
         if (some == L && x + L <= count) {
 #pragma GCC unroll 16
           for (int64_t i = 0; i < L; ++i) square[i] = widen(from + (x + i) * map.pixel + line) * by;
         } else {
           for (int64_t i = 0; i < L; ++i)
-            square[i] = x + i < count ? widen(from + (x + i) * map.pixel + line, some) * by : Vec<A>{};
+            square[i] = x + i < count ? widen_some(from + (x + i) * map.pixel + line, some) * by : Vec<A>{};
         }
         transpose<A>(square);
         if (some == L) {
@@ -269,12 +326,16 @@ struct Worker {
           for (int64_t line = 0; line < t.lines; line += L) {
             const int64_t some = least(t.lines - line, L);
             Vec<A> square[L];
+            for (int64_t i = x; i < least(x + L, count); ++i) {
+              const T* next = to + map.c + i * map.pixel + line;
+              __builtin_prefetch(next, 1, 2), __builtin_prefetch(next + some - 1, 1, 2);
+            }
 #pragma GCC unroll 16
             for (int64_t i = 0; i < L; ++i) square[i] = load(from + least(line + i, t.lines - 1) * line_step + x);
             transpose<A>(square);
             for (int64_t i = 0; i < L && x + i < count; ++i) {
               T* pixel = to + (x + i) * map.pixel + line;
-              some == L ? narrow(square[i], pixel) : narrow(square[i], pixel, some);
+              some == L ? narrow(square[i], pixel) : narrow_some(square[i], pixel, some);
             }
           }
       return;
@@ -284,7 +345,7 @@ struct Worker {
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t x = 0; x < count; x += L) {
             const Vec<A> v = load(from + c * step + x);
-            count - x >= L ? narrow(v, to + c * map.c + x) : narrow(v, to + c * map.c + x, count - x);
+            count - x >= L ? narrow(v, to + c * map.c + x) : narrow_some(v, to + c * map.c + x, count - x);
           }
       } else if (map.c == 1) {
         for (int64_t x = 0; x < count; x += L)
@@ -296,7 +357,7 @@ struct Worker {
             transpose<A>(square);
             for (int64_t i = 0; i < L && x + i < count; ++i) {
               T* pixel = to + (x + i) * map.pixel + c;
-              some == L ? narrow(square[i], pixel) : narrow(square[i], pixel, some);
+              some == L ? narrow(square[i], pixel) : narrow_some(square[i], pixel, some);
             }
           }
       } else {
@@ -326,7 +387,7 @@ struct Worker {
           const A* in = from + line * line_step + x * step;
           int64_t c = 0;
           for (; c + L <= channels; c += L) narrow(load(in + c), to + c);
-          if (c < channels) narrow(load(in + c), to + c, channels - c);
+          if (c < channels) narrow_some(load(in + c), to + c, channels - c);
         }
       return;
     }
@@ -372,57 +433,54 @@ struct Worker {
   }
 
   // Scores of a tile of queries, x of the round and `first` + x of the line.
-  void score(int64_t line, int64_t x, int64_t first, A* s) {
-    product(keys, k + line * keys.rows() * d, d, q + line * d * row + x, row, s, false);
+  void score(int64_t line, int64_t x, int64_t width, int64_t first, A* s) {
+    product(keys, k + line * keys.rows() * d, d, q + line * d * row + x, row, width, s, false);
     if (p.skip_itself)
       for (int64_t i = 0; i < tile && first + x + i < p.length; ++i) s[(first + x + i) * tile + i] = -__builtin_inf();
   }
 
   // Scores to unnormalised weights; their factor, and what remains of the result in place.
-  void softmax(const Task& t, int64_t line, int64_t x, int64_t first, int64_t count, A* s) {
-    constexpr int V = tile / L;
-    Vec<A> top[V], total[V] = {};
-#pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) top[i] = Vec<A>{} + lowest;
-    for (int64_t j = 0; j < p.length; ++j)
-#pragma GCC unroll 8
-      for (int i = 0; i < V; ++i) {
-        const Vec<A> at = load(s + j * tile + i * L);
-        top[i] = at > top[i] ? at : top[i];
-      }
-    for (int64_t j = 0; j < p.length; ++j)
-#pragma GCC unroll 8
-      for (int i = 0; i < V; ++i) {
-        const Vec<A> weight = vexp<A>(load(s + j * tile + i * L) - top[i]);
-        total[i] += weight;
-        store(s + j * tile + i * L, weight);
-      }
+  void softmax(const Task& t, int64_t line, int64_t x, int64_t width, int64_t first, int64_t count, A* s) {
     A log_total[tile], before[tile] = {};
     const int64_t some = least(count - x, tile);
     if (p.merge)
       for (int64_t i = 0; i < some; ++i) before[i] = *lse_at(t, line, first + x + i);
-    for (int i = 0; i < V; ++i) {
-      const auto none = total[i] == Vec<A>{};  // of a column without its pixel
-      const Vec<A> safe = none ? Vec<A>{} + 1 : total[i];
-      Vec<A> log = none ? Vec<A>{} + lowest : top[i] + vlog<A>(safe);
+    for (int64_t i = 0; i < width; i += L) {
+      Vec<A> top = Vec<A>{} + lowest, next = top, total = {};
+      int64_t j = 0;
+      for (; j + 2 <= p.length; j += 2) {
+        const Vec<A> a = load(s + j * tile + i), b = load(s + (j + 1) * tile + i);
+        top = a > top ? a : top, next = b > next ? b : next;
+      }
+      for (; j < p.length; ++j) top = load(s + j * tile + i) > top ? load(s + j * tile + i) : top;
+      top = top > next ? top : next;
+#pragma GCC unroll 2
+      for (j = 0; j < p.length; ++j) {
+        const Vec<A> weight = vexp<A>(load(s + j * tile + i) - top);
+        total += weight;
+        store(s + j * tile + i, weight);
+      }
+      const auto none = total == Vec<A>{};  // of a column without its pixel
+      const Vec<A> safe = none ? Vec<A>{} + 1 : total;
+      Vec<A> log = none ? Vec<A>{} + lowest : top + vlog<A>(safe);
       Vec<A> by = 1 / safe;
       if (p.merge) {
-        const Vec<A> old = load(before + i * L), most = old > log ? old : log;
+        const Vec<A> old = load(before + i), most = old > log ? old : log;
         const Vec<A> both = most + vlog<A>(vexp<A>(old - most) + vexp<A>(log - most));
-        store(keep + line * row + x + i * L, vexp<A>(old - both));
+        store(keep + line * row + x + i, vexp<A>(old - both));
         by *= vexp<A>(log - both);
         log = both;
       }
-      store(factor + line * row + x + i * L, by);
-      store(log_total + i * L, log);
+      store(factor + line * row + x + i, by);
+      store(log_total + i, log);
     }
     for (int64_t i = 0; i < some; ++i) *lse_at(t, line, first + x + i) = log_total[i];
   }
 
-  void mix(int64_t line, int64_t x, int64_t channels, const A* s) {
+  void mix(int64_t line, int64_t x, int64_t width, int64_t channels, const A* s) {
     const Panels panels(channels);
-    product(panels, v + line * wide_rows.rows() * p.length, p.length, s, tile, mixed, false);
-    for (int64_t i = 0; i < tile; i += L) {
+    product(panels, v + line * wide_rows.rows() * p.length, p.length, s, tile, width, mixed, false);
+    for (int64_t i = 0; i < width; i += L) {
       const Vec<A> by = load(factor + line * row + x + i);
       for (int64_t c = 0; c < channels; ++c)
         store(out + (line * channels + c) * row + x + i, load(mixed + c * tile + i) * by);
@@ -453,9 +511,10 @@ struct Worker {
       for (int64_t line = 0; line < t.lines; ++line)
         for (int64_t x = 0; x < count; x += tile) {
           A* s = scores + scores_at(line, x);
-          score(line, x, first, s);
-          softmax(t, line, x, first, count, s);
-          if (!chunked()) mix(line, x, chunk, s);
+          const int64_t width = width_of(count - x);
+          score(line, x, width, first, s);
+          softmax(t, line, x, width, first, count, s);
+          if (!chunked()) mix(line, x, width, chunk, s);
         }
       if (!chunked()) {
         give_out(t, 0, chunk, first, count);
@@ -465,46 +524,50 @@ struct Worker {
         const int64_t channels = least(chunk, p.dv - channel);
         fetch_value(t, channel, channels, false);
         for (int64_t line = 0; line < t.lines; ++line)
-          for (int64_t x = 0; x < count; x += tile) mix(line, x, channels, scores + scores_at(line, x));
+          for (int64_t x = 0; x < count; x += tile)
+            mix(line, x, width_of(count - x), channels, scores + scores_at(line, x));
         give_out(t, channel, channels, first, count);
       }
     }
   }
 
   // Backward's own: weights from the log-sum-exps.
-  void weigh(int64_t line, int64_t x, A* s) {
-    for (int64_t i = 0; i < tile; i += L) {
+  void weigh(int64_t line, int64_t x, int64_t width, A* s) {
+    for (int64_t i = 0; i < width; i += L) {
       const Vec<A> log = load(lse + line * row + x + i);
+#pragma GCC unroll 2
       for (int64_t j = 0; j < p.length; ++j) store(s + j * tile + i, vexp<A>(load(s + j * tile + i) - log));
     }
   }
 
   // Gradients of the scores in the place of those of the weights; delta in `factor`.
-  void differentiate(int64_t line, int64_t x, const A* s, A* e) {
-    constexpr int V = tile / L;
-    Vec<A> delta[V] = {};
-    A* known = factor + line * row + x;
-    if (p.delta_of_out || p.delta_given) {
-      for (int i = 0; i < V; ++i) delta[i] = load(known + i * L);
-    } else {
-      for (int64_t j = 0; j < p.length; ++j)
-#pragma GCC unroll 8
-        for (int i = 0; i < V; ++i) delta[i] += load(s + j * tile + i * L) * load(e + j * tile + i * L);
-    }
-    for (int64_t j = 0; j < p.length; ++j)
-#pragma GCC unroll 8
-      for (int i = 0; i < V; ++i) {
-        A* at = e + j * tile + i * L;
-        store(at, load(s + j * tile + i * L) * (load(at) - delta[i]));
+  void differentiate(int64_t line, int64_t x, int64_t width, const A* s, A* e) {
+    for (int64_t i = 0; i < width; i += L) {
+      Vec<A> delta = {}, next = {};
+      if (p.delta_of_out || p.delta_given) {
+        delta = load(factor + line * row + x + i);
+      } else {
+        int64_t j = 0;
+        for (; j + 2 <= p.length; j += 2) {
+          delta += load(s + j * tile + i) * load(e + j * tile + i);
+          next += load(s + (j + 1) * tile + i) * load(e + (j + 1) * tile + i);
+        }
+        for (; j < p.length; ++j) delta += load(s + j * tile + i) * load(e + j * tile + i);
+        delta += next;
       }
+      for (int64_t j = 0; j < p.length; ++j) {
+        A* at = e + j * tile + i;
+        store(at, load(s + j * tile + i) * (load(at) - delta));
+      }
+    }
   }
 
-  void grad_query_key(int64_t line, int64_t x, const A* e, A* to, int64_t step) {
-    product(narrow_rows, k_rows + line * narrow_rows.rows() * p.length, p.length, e, tile, mixed, false);
+  void grad_query_key(int64_t line, int64_t x, int64_t width, const A* e, A* to, int64_t step) {
+    product(narrow_rows, k_rows + line * narrow_rows.rows() * p.length, p.length, e, tile, width, mixed, false);
     for (int64_t c = 0; c < d; ++c)
-      for (int64_t i = 0; i < tile; i += L)
+      for (int64_t i = 0; i < width; i += L)
         store(out + (line * d + c) * row + x + i, load(mixed + c * tile + i) * A(p.scale));
-    outer_product(keys, e, q_rows + (line * cells + x) * d_row, d_row, to, step);
+    outer_product(keys, e, width, q_rows + (line * cells + x) * d_row, d_row, to, step);
   }
 
   // A chunk of grad_out, and the part of delta that goes through it.
@@ -557,7 +620,7 @@ struct Worker {
       to_panels(in, d_row, p.length, narrow_rows, k_rows + line * narrow_rows.rows() * p.length);
     });
     if (!chunked()) fetch_value(t, 0, chunk, true);
-    if (whole) zero(dk, p.group * keys.rows() * d_row);
+    if (whole) zero(dk, p.group() * keys.rows() * d_row);
     for (int64_t first = t.first; first < t.last; first += p.round) {
       const int64_t count = least(p.round, t.last - first);
       fetch_query(t, first, count, true);
@@ -566,17 +629,19 @@ struct Worker {
         const int64_t channels = least(chunk, p.dv - channel), step = round_up(channels, L);
         if (chunked()) fetch_value(t, channel, channels, true);
         fetch_grad(t, channel, channels, first, count);
-        if (whole) zero(dv, p.group * keys.rows() * c_row);
+        if (whole) zero(dv, p.group() * keys.rows() * c_row);
         for (int64_t line = 0; line < t.lines; ++line)
           for (int64_t x = 0; x < count; x += tile) {
             A *s = scores + scores_at(line, x), *e = grads + scores_at(line, x);
-            if (!channel) score(line, x, first, s), weigh(line, x, s);
-            product(keys, v + line * keys.rows() * chunk, channels, g + line * chunk * row + x, row, e, channel > 0);
-            outer_product(keys, s, g_rows + line * cells * c_row + x * step, step, value_sums(line, channel),
+            const int64_t width = width_of(count - x);
+            if (!channel) score(line, x, width, first, s), weigh(line, x, width, s);
+            product(keys, v + line * keys.rows() * chunk, channels, g + line * chunk * row + x, row, width, e,
+                    channel > 0);
+            outer_product(keys, s, width, g_rows + line * cells * c_row + x * step, step, value_sums(line, channel),
                           value_step(channels));
             if (chunked()) continue;
-            differentiate(line, x, s, e);
-            grad_query_key(line, x, e, key_sums(line), d_row);
+            differentiate(line, x, width, s, e);
+            grad_query_key(line, x, width, e, key_sums(line), d_row);
           }
         if (whole)
           give_rows(p.grad_value, t, p.dv, channel, channels, dv, step, keys.rows() * c_row, p.add_value);
@@ -588,8 +653,8 @@ struct Worker {
         for (int64_t line = 0; line < t.lines; ++line)
           for (int64_t x = 0; x < count; x += tile) {
             A* e = grads + scores_at(line, x);
-            differentiate(line, x, scores + scores_at(line, x), e);
-            grad_query_key(line, x, e, key_sums(line), d_row);
+            differentiate(line, x, width_of(count - x), scores + scores_at(line, x), e);
+            grad_query_key(line, x, width_of(count - x), e, key_sums(line), d_row);
           }
       if (p.add)
         fetch<true, false>(p.grad_query, t, d, 0, d, first, count, A(1), [&](int64_t line, A* old, A*) {

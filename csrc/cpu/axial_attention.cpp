@@ -48,13 +48,14 @@ struct Pass {
   bool add_value;     // backward: dv too
   bool delta_of_out, delta_given;  // joint, backward: delta is of both axes; the first pass takes it from out
 
-  int64_t group;   // lines packed together
+  int64_t groups;  // of lines, packed together
   int64_t chunk;   // channels of the values at a time
   int64_t pieces;  // of a line's queries
   int64_t round;   // queries whose scores are held at a time
   void* partial;   // backward, unless one round holds a line: what every piece adds to dk and dv
 
-  int64_t groups() const { return (lines + group - 1) / group; }
+  int64_t group() const { return (lines + groups - 1) / groups; }  // lines of the largest
+  int64_t first_line(int64_t of) const { return of * lines / groups; }
   int64_t piece_length() const { return ((length + pieces - 1) / pieces + 31) / 32 * 32; }
   bool whole() const { return pieces == 1 && round >= length; }
 };
@@ -79,17 +80,26 @@ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // From shapes, strides and dtype alone.
 void plan(Pass& p, bool backward, std::initializer_list<Map> maps) {
   const int64_t size = p.dtype == DType::float64 ? 8 : 4, passes = backward ? 2 : 1;
-  p.chunk = p.dv <= 128 ? p.dv : 64;
-  const bool chunks = p.chunk < p.dv;
   bool interleaved = false;
   for (const Map& map : maps) interleaved |= map.interleaved();
-  const int64_t line = p.length * size * (backward ? 6 * (p.d + p.chunk) : 2 * p.d + 3 * p.chunk) +
-                       (chunks ? smaller(p.length * p.length * size * passes, held / 4) : 0);
-  p.group = interleaved ? 16 : 1;
-  while (p.group > 4 && (p.group * line > cache || p.n * p.heads * p.groups() < 12)) p.group /= 2;
-  const int64_t tasks = larger(p.n * p.heads * p.groups(), 1);
+  const auto bytes = [&](int64_t chunk) {  // of a packed line
+    return p.length * size * (backward ? 6 * (p.d + chunk) : 2 * p.d + 3 * chunk) +
+           (chunk < p.dv ? smaller(p.length * p.length * size * passes, held / 4) : 0);
+  };
+  p.chunk = p.dv;
+  if (p.dv > 128)
+    while (p.chunk > 64 && bytes(p.chunk) * (interleaved ? 16 : 1) > cache) p.chunk = p.chunk > 128 ? p.chunk / 2 / 16 * 16 : 64;
+  const bool chunks = p.chunk < p.dv;
+  const int64_t line = bytes(p.chunk);
+  // Equal groups, of which a few threads get as much work each.
+  p.groups = p.lines;
+  if (interleaved) {
+    const int64_t most = larger(4, smaller(16, cache / line)), several = 8 / larger(p.n * p.heads, 1);
+    p.groups = smaller(larger((p.lines + most - 1) / most, several), (p.lines + 3) / 4);
+  }
+  const int64_t tasks = larger(p.n * p.heads * p.groups, 1);
   p.pieces = p.length < 512 ? 1 : larger(1, smaller((backward ? 4 : 8) / tasks, p.length / 256));
-  const int64_t tiles = held / (p.group * p.length * 32 * size * passes);
+  const int64_t tiles = held / (p.group() * p.length * 32 * size * passes);
   p.round = chunks ? smaller(larger(tiles, 1) * 32, p.piece_length()) : p.piece_length();
 }
 
@@ -118,7 +128,7 @@ void parallel(int64_t count, Function function) {
 }
 
 void run_forward(const Pass& p) {
-  parallel(p.n * p.heads * p.groups() * p.pieces, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  parallel(p.n * p.heads * p.groups * p.pieces, [&](int64_t begin, int64_t end, Scratch& scratch) {
     SEGOPS_ISA_CALL(forward, p, begin, end, scratch);
   });
 }
@@ -128,11 +138,11 @@ void run_backward(Pass p) {
   const int64_t rows = SEGOPS_ISA_CALL(partial_rows, p);
   const Buffer partial(p.whole() ? 0 : p.n * p.heads * p.lines * p.pieces * rows * size);
   p.partial = partial.data();
-  parallel(p.n * p.heads * p.groups() * p.pieces, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  parallel(p.n * p.heads * p.groups * p.pieces, [&](int64_t begin, int64_t end, Scratch& scratch) {
     SEGOPS_ISA_CALL(backward, p, begin, end, scratch);
   });
   if (p.whole()) return;
-  p.group = 1;
+  p.groups = p.lines;
   parallel(p.n * p.heads * p.lines, [&](int64_t begin, int64_t end, Scratch& scratch) {
     SEGOPS_ISA_CALL(add_pieces, p, begin, end, scratch);
   });
