@@ -129,13 +129,13 @@ def car_losses(
     with torch.autocast(features.device.type, enabled=False):
         c2c = class_to_class(centers, c2c_threshold).sum()
     known = counted(labels, num_classes, ignore_index).sum().to(intra.dtype)
-    rows = intra.new_tensor(float(n * num_classes if per_image else num_classes))
+    rows = torch.full_like(intra, n * num_classes if per_image else num_classes)
     pixels = torch.full_like(intra, n * h * w)
-    means = torch.stack([intra, c2p, c2c, known, pixels, rows])
-    intra, c2p, shared_c2c, known, pixels, shared_rows = sum_over_ranks(means, group).unbind()
-    if per_image:
-        c2c, rows = shared_c2c, shared_rows
-    seen = known.detach() if mask_ignored_c2p else pixels
+    if group is not None:
+        means = [intra, c2p, known, pixels, *([c2c, rows] if per_image else [])]
+        intra, c2p, known, pixels, *of_images = sum_over_ranks(torch.stack(means), group).unbind()
+        c2c, rows = of_images if per_image else (c2c, rows)
+    seen = known if mask_ignored_c2p else pixels
     losses = CARLosses(
         (intra / (pixels * c).clamp(min=1)).square().clamp(min=LEAST_INTRA),
         (c2c / rows.clamp(min=1)).square(),
