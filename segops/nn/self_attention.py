@@ -12,12 +12,16 @@ from ._layers import check_map, init_glorot
 
 __all__ = ["SelfAttention2d"]
 
+# Pixels up to which scaled_dot_product_attention may hold their map on a CPU (16 MB for an image): it trains up to a
+# third faster there, and is as fast forward.
+STORED = 2048
+
 
 class SelfAttention2d(nn.Module):
     """Every pixel attends to every pixel: ``softmax(scale * q k^T) v``, q, k and v by 1x1 convolutions of x.
 
-    One head, no normalisation, no projection of the result; a residual is the caller's. The H*W x H*W map is never in
-    memory.
+    One head, no normalisation, no projection of the result; a residual is the caller's. Beyond 2048 pixels the map of
+    all pairs is never in memory.
 
     Args:
         in_channels: Width of x.
@@ -31,8 +35,8 @@ class SelfAttention2d(nn.Module):
         ValueError: a width that is not positive; in forward, a map of another width.
 
     Parameters: ``query``, ``key``, ``value``, each with ``.weight`` and ``.bias``, drawn from Glorot's uniform
-    distribution. Runs in :func:`segops.axial_attention` on the map as one row, on a GPU in
-    ``scaled_dot_product_attention``.
+    distribution. Runs in ``scaled_dot_product_attention``, on a CPU beyond 2048 pixels in
+    :func:`segops.axial_attention` over the map as one row.
 
     Example:
         >>> from segops.nn import SelfAttention2d
@@ -71,7 +75,7 @@ class SelfAttention2d(nn.Module):
         """[N, in_channels, H, W] to [N, out_channels, H, W]."""
         check_map(type(self).__name__, "x", x, self.in_channels)
         row = [conv(x).flatten(2).unsqueeze(2) for conv in (self.query, self.key, self.value)]  # [N, C, 1, H * W]
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and x.shape[2] * x.shape[3] > STORED:
             y = axial_attention(row[0], row[1], row[2], scale=self.scale, order=("width",))
         else:
             q, k, v = (t.movedim(1, 3) for t in row)

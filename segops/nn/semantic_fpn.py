@@ -102,8 +102,8 @@ class SemanticFPN(nn.Module):
             [N, channels, H, W]; at ``output_stride=strides[0]`` that is the size of features[0].
         """
         check_features(type(self).__name__, features, self.in_channels)
-        maps = [lateral(x) for lateral, x in zip(self.laterals, features, strict=False)]
-        maps += features[len(maps) :]
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in features]
+        maps[: len(self.laterals)] = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=False)]
         for i in reversed(range(len(maps) - 1)):
             maps[i] = maps[i] + resize(maps[i + 1], maps[i].shape[2:], self.align_corners)
         sizes = [(x.shape[2], x.shape[3]) for x in maps]
