@@ -78,7 +78,8 @@ class SelfAttention2d(nn.Module):
         if x.device.type == "cpu" and x.shape[2] * x.shape[3] > STORED:
             y = axial_attention(row[0], row[1], row[2], scale=self.scale, order=("width",))
         else:
-            q, k, v = (t.movedim(1, 3) for t in row)
+            # The GPU kernels that keep no map want the channels innermost.
+            q, k, v = (t.movedim(1, 3).contiguous() for t in row)
             y = F.scaled_dot_product_attention(q, k, v, scale=self.scale).movedim(3, 1)
         return y.squeeze(2).unflatten(2, x.shape[2:])
 
