@@ -8,7 +8,7 @@
 // strides and the dtype, and packed: what is multiplied by queries in vectors into panels of scalars, queries into
 // rows. Scores stand as [key][32 queries], so that the softmax runs down the rows without a reduction across lanes and
 // feeds the next product as it is; every product keeps up to 14 x 2 vectors of sums in registers. Where neighbouring
-// lines share cache lines (a column of an NCHW map), up to 16 are packed together. Values wider than 128 channels go
+// lines share cache lines and pages (a column of an NCHW map), up to 32 are packed together. Values wider than 128 channels go
 // in chunks, with the scores of a round of queries kept between them: memory is linear in the length of a line.
 //
 // Composed, the second axis replaces the first one's result line by line; backward walks the axes in reverse, and
@@ -71,8 +71,9 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t cache = 3 << 19;     // bytes that a group of packed lines may take
-constexpr int64_t held = int64_t(4) << 20;  // bytes that the scores of a round may take
+constexpr int64_t cache = 3 << 19;   // bytes that packed lines may take: a core's own cache
+constexpr int64_t room = 7 << 20;    // the same of lines that share pages, which cost more to find than to read
+constexpr int64_t held = 4 << 20;    // bytes that the scores of a round may take
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -87,14 +88,14 @@ void plan(Pass& p, bool backward, std::initializer_list<Map> maps) {
            (chunk < p.dv ? smaller(p.length * p.length * size * passes, held / 4) : 0);
   };
   p.chunk = p.dv;
-  if (p.dv > 128)
-    while (p.chunk > 64 && bytes(p.chunk) * (interleaved ? 16 : 1) > cache) p.chunk = p.chunk > 128 ? p.chunk / 2 / 16 * 16 : 64;
+  while (p.chunk > 128 && bytes(p.chunk) * (interleaved ? 16 : 1) > cache)
+    p.chunk = p.chunk > 256 ? p.chunk / 2 / 16 * 16 : 64;
   const bool chunks = p.chunk < p.dv;
   const int64_t line = bytes(p.chunk);
   // Equal groups, of which a few threads get as much work each.
   p.groups = p.lines;
   if (interleaved) {
-    const int64_t most = larger(4, smaller(16, cache / line)), several = 8 / larger(p.n * p.heads, 1);
+    const int64_t most = larger(4, smaller(32, room / line)), several = 8 / larger(p.n * p.heads, 1);
     p.groups = smaller(larger((p.lines + most - 1) / most, several), (p.lines + 3) / 4);
   }
   const int64_t tasks = larger(p.n * p.heads * p.groups, 1);
@@ -193,9 +194,9 @@ void axial_attention(const Tensor& out, const Tensor& first, const Tensor& lse, 
     plan(passes[i], false, {passes[i].query, passes[i].key, passes[i].value, passes[i].out});
   const bool apart = composed && !first.numel() && !passes[1].whole();
   const int64_t size = passes[0].dtype == DType::float64 ? 8 : passes[0].dtype == DType::float32 ? 4 : 2;
-  const Buffer room(apart ? out.numel() * size : 0);
+  const Buffer kept(apart ? out.numel() * size : 0);
   if (apart) {
-    between.data = room.data();
+    between.data = kept.data();
     between.x = 1, between.y = out.size(3), between.c = between.y * out.size(2), between.n = between.c * out.size(1);
     passes[0].out = Map(between, order.vertical[0]), passes[1].value = Map(between, order.vertical[1]);
     for (int i = 0; i < 2; ++i)
@@ -212,9 +213,9 @@ void axial_attention_backward(const Tensor& grad_query, const Tensor& grad_key, 
   const Axes order(axes);
   const bool composed = order.count == 2 && combine == 0;
   const int64_t size = dtype_of(lse) == DType::float64 ? 8 : 4, pixels = query.size(2) * query.size(3);
-  const Buffer room(combine == 2 ? query.size(0) * num_heads * pixels * size : 0);
+  const Buffer deltas(combine == 2 ? query.size(0) * num_heads * pixels * size : 0);
   Strided delta;
-  delta.data = room.data();
+  delta.data = deltas.data();
   delta.x = 1, delta.y = query.size(3), delta.c = pixels, delta.n = pixels * num_heads;
   for (int i = order.count - 1; i >= 0; --i) {
     const bool vertical = order.vertical[i], last = i == order.count - 1;
