@@ -4,7 +4,7 @@
 //
 // Bound by one read of the features. A square of pixels and channels is turned in registers, so that each pixel is one
 // vector added to its class's row of a table that stays in the first cache; channels go in blocks, for that and for the
-// threads. A table is emptied into its total now and then: less error in long sums. Each piece of the pixels has a total
+// threads. In channels_last there is nothing to turn, and a block is as wide as its table fits the second cache. A table is emptied into its total now and then: less error in long sums. Each piece of the pixels has a total
 // of its own, and pieces, which do not depend on the number of threads, are added in order. Matrix products with one-hot
 // rows would be 2 K flops per feature.
 #include <torch/csrc/stable/library.h>
@@ -32,7 +32,7 @@ struct Problem {
   FirstIndex* wrong;
   std::vector<int32_t> label;  // [images][pixels], `classes` where it does not count
 
-  int64_t stretches, groups, vectors, blocks, pieces;  // vectors: of channels, in a block
+  int64_t stretches, groups, columns, blocks, pieces;  // columns: channels in a block
   void *sums, *partial;                                // partial [pieces][groups][classes][channels]
 
   int64_t group_images() const { return per_image ? 1 : images; }

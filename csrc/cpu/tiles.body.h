@@ -81,7 +81,8 @@ struct Span {
 
 template <typename P>
 [[gnu::always_inline]] inline int64_t offset(const P& p, const Strided& map, int64_t pixel) {
-  return pixel / p.width * map.y + pixel % p.width * map.x;
+  // The division takes longer than what is read there.
+  return map.y == p.width * map.x ? pixel * map.x : pixel / p.width * map.y + pixel % p.width * map.x;
 }
 
 // A tile of a map to [channels][tile_pixels], or back.
