@@ -540,20 +540,25 @@ struct Worker {
     }
   }
 
-  // Gradients of the scores in the place of those of the weights; delta in `factor`.
+  // Gradients of the scores in the place of those of the weights. delta is divided by the weights' sum, 1 but for the
+  // rounding of the log-sum-exp, which would not cancel.
   void differentiate(int64_t line, int64_t x, int64_t width, const A* s, A* e) {
     for (int64_t i = 0; i < width; i += L) {
-      Vec<A> delta = {}, next = {};
+      Vec<A> delta = {}, next = {}, total = {};
       if (p.delta_of_out || p.delta_given) {
         delta = load(factor + line * row + x + i);
       } else {
         int64_t j = 0;
         for (; j + 2 <= p.length; j += 2) {
-          delta += load(s + j * tile + i) * load(e + j * tile + i);
-          next += load(s + (j + 1) * tile + i) * load(e + (j + 1) * tile + i);
+          const Vec<A> a = load(s + j * tile + i), b = load(s + (j + 1) * tile + i);
+          delta += a * load(e + j * tile + i), next += b * load(e + (j + 1) * tile + i);
+          total += a + b;
         }
-        for (; j < p.length; ++j) delta += load(s + j * tile + i) * load(e + j * tile + i);
-        delta += next;
+        for (; j < p.length; ++j) {
+          const Vec<A> a = load(s + j * tile + i);
+          delta += a * load(e + j * tile + i), total += a;
+        }
+        delta = (delta + next) / total;
       }
       for (int64_t j = 0; j < p.length; ++j) {
         A* at = e + j * tile + i;
