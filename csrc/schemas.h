@@ -24,6 +24,14 @@ inline constexpr std::string_view local_attention_backward =
     "(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor grad_out, Tensor? grad_lse, "
     "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     "int[] kernel_size, int[] dilation, int num_heads, float scale, int border) -> ()";
+// combine: 0 compose, 1 sum, 2 joint; axes: 0 height, 1 width, 2 height first, 3 width first. first may be [0]; lse
+// [N, heads, softmaxes, H, W] is float32, or float64 beside float64 tensors.
+inline constexpr std::string_view axial_attention =
+    "(Tensor(a!) out, Tensor(b!) first, Tensor(c!) lse, Tensor query, Tensor key, Tensor value, int num_heads, "
+    "float scale, int combine, int axes) -> ()";
+inline constexpr std::string_view axial_attention_backward =
+    "(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor grad_out, Tensor query, Tensor key, "
+    "Tensor value, Tensor out, Tensor first, Tensor lse, int num_heads, float scale, int combine, int axes) -> ()";
 // Native ops that read labels return -1, or the flat index in the label map of the first label outside [0, classes) that is
 // not ignore_index. Weights are [r * r * classes, channels]; loss, count, lse, class_weight, temperature and confidence are
 // float32, or float64 beside float64 tensors.
@@ -70,6 +78,18 @@ inline constexpr std::string_view multi_scale_strip_conv =
 inline constexpr std::string_view multi_scale_strip_conv_backward =
     "(Tensor(a!) grad_x, Tensor(b!) grad_taps, Tensor(c!) grad_biases, Tensor grad_out, Tensor x, Tensor taps, "
     "Tensor biases, Tensor? scaled, Tensor? scale, int[] kernel_size, int[] strip_lengths) -> ()";
+// sums and grad_sums [classes, C] or [N, classes, C], contiguous, float32, or float64 beside float64 tensors; counts int64.
+inline constexpr std::string_view class_centers =
+    "(Tensor(a!) sums, Tensor(b!) counts, Tensor features, Tensor labels, int ignore_index) -> int";
+inline constexpr std::string_view class_centers_backward =
+    "(Tensor(a!) grad_features, Tensor grad_sums, Tensor labels, int ignore_index) -> ()";
+// centers like sums; lse and inner [N, h, w], contiguous, and every gradient but that of features in their dtype.
+inline constexpr std::string_view car_losses =
+    "(Tensor(a!) intra, Tensor(b!) c2p, Tensor(c!) lse, Tensor(d!) inner, Tensor features, Tensor labels, "
+    "Tensor centers, int ignore_index, float c2p_threshold, bool mask_ignored_c2p) -> int";
+inline constexpr std::string_view car_losses_backward =
+    "(Tensor(a!) grad_features, Tensor grad_intra, Tensor grad_c2p, Tensor? grad_sums, Tensor features, Tensor labels, "
+    "Tensor centers, Tensor lse, Tensor inner, int ignore_index, float c2p_threshold) -> ()";
 // Caps the instruction set of the CPU kernels (0 base, 1 avx2, 2 avx512) and returns the one in force.
 inline constexpr std::string_view cpu_isa = "(int cap) -> int";
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import segops.dupsampling
-from segops.nn import ASPP, DUpsamplingDecoder, GALDHead, SegNeXt
+from segops.nn import ASPP, CAR, MSCAN, DUpsamplingDecoder, GALDHead, HFGDHead, SegNeXt
 
 
 class StreetNet(nn.Module):
@@ -70,6 +70,49 @@ def segnext(num_classes: int, *, size: str) -> StreetNet:
     return StreetNet(Encoder(model.backbone, len(model.decode_head.in_channels)), model.decode_head)
 
 
+class GuidedNet(StreetNet):
+    """HFGD: CAR's losses, which hold no parameters, on the encoder of the head."""
+
+    def loss(self, image: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        car = CAR(self.decode_head.num_classes, ignore_index=ignore_index)
+        return self.decode_head.loss(self.features(image), target, ignore_index=ignore_index, car=car)
+
+
+def hfgd(num_classes: int, *, backbone: str, output_stride: int) -> StreetNet:
+    """HFGD: U-SFPN with axial attention, guided by the coarse branch; logits at stride 4 or 2."""
+    encoder, widths = pyramid(backbone)
+    return GuidedNet(encoder, HFGDHead(widths, num_classes, output_stride=output_stride))
+
+
+def semanticfpn(num_classes: int, *, backbone: str) -> StreetNet:
+    """Semantic FPN, HFGD's baseline; logits at stride 4."""
+    encoder, widths = pyramid(backbone)
+    head = HFGDHead(widths, num_classes, context=None, neck="sfpn", axial_heads=None, guided=False)
+    return StreetNet(encoder, head)
+
+
+def pyramid(name: str) -> tuple[Encoder, list[int]]:
+    """A backbone by name, and the widths of its maps at strides 4 to 32.
+
+    Args:
+        name: mscan-t, -s, -b or -l, else a model of timm, whose weights are drawn and not downloaded.
+    """
+    if name.startswith("mscan-"):
+        backbone: Any = MSCAN.variant(name.removeprefix("mscan-"))
+        about = backbone.feature_info
+    else:
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(f"the backbone {name} needs timm: pip install 'segops[models]'") from error
+        backbone = timm.create_model(name, pretrained=False, features_only=True)
+        about = backbone.feature_info.get_dicts()
+    widths = [each["num_chs"] for each in about if each["reduction"] >= 4]
+    if [each["reduction"] for each in about][-len(widths) :] != [4, 8, 16, 32]:
+        raise ValueError(f"the backbone {name} has no maps at strides 4, 8, 16 and 32")
+    return Encoder(backbone, len(widths)), widths
+
+
 def learn_w(model: StreetNet, labels: Iterable[Any], ignore_index: int) -> None:
     """Gives DUpsampling the principal components of the windows of label maps."""
     layer = model.decode_head.upsample
@@ -99,6 +142,8 @@ MODELS = {
     "gald": Model(gald, ("width", "kernel_size", "dilation", "num_heads", "border")),
     "dupsampling": Model(dupsampling, ("width", "dup_channels"), from_labels=learn_w),
     **{f"segnext-{size}": Model(partial(segnext, size=size), ()) for size in "tsbl"},
+    **{f"hfgd-os{stride}": Model(partial(hfgd, output_stride=stride), ("backbone",)) for stride in (4, 2)},
+    "semanticfpn": Model(semanticfpn, ("backbone",)),
 }
 
 

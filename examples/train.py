@@ -5,6 +5,8 @@
     python examples/train.py --model dupsampling                    # W from the training labels
     python examples/train.py --model dupsampling --temperature-plot # and once more with T = 1
     python examples/train.py --model segnext-t                      # SegNeXt; or -s, -b, -l
+    python examples/train.py --model hfgd-os4                       # HFGD; or hfgd-os2, semanticfpn
+    python examples/train.py --model hfgd-os4 --backbone resnet50   # on a backbone of timm, untrained
     python examples/train.py --resume runs/CAMVID/checkpoint.pt     # goes on where a run stopped
 
 A folder in CamVid layout holds train/ and val/ (images of any sizes), trainannot/ and valannot/ (<stem>.png, one
@@ -43,7 +45,7 @@ from segops.metrics import ConfusionMatrix, Scores
 # What decides the weights that come out: a resumed run takes these from its checkpoint and refuses other values.
 RECIPE = (
     "model", "steps", "batch_size", "crop", "lr", "weight_decay", "seed", "width", "kernel_size", "dilation",
-    "num_heads", "border", "dup_channels", "ignore_index", "num_classes",
+    "num_heads", "border", "dup_channels", "backbone", "ignore_index", "num_classes",
 )  # fmt: skip
 TEMPERATURE_RATE = 30
 
@@ -159,6 +161,9 @@ def arguments() -> argparse.ArgumentParser:
     group.add_argument("--dup-channels", type=at_least(1), default=64, metavar="C", help="columns of W (%(default)s)")
     group.add_argument("--temperature-plot", action="store_true",
                        help="train again with T fixed at 1 and plot both loss curves")  # fmt: skip
+    group = parser.add_argument_group("network: hfgd, semanticfpn")
+    group.add_argument("--backbone", default="mscan-t", metavar="NAME",
+                       help="mscan-t, -s, -b, -l, or a model of timm, as resnet50 (%(default)s)")  # fmt: skip
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="default: cuda if there is one, else cpu")
     group.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's choice)")

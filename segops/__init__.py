@@ -10,6 +10,9 @@ from . import compat, dupsampling, metrics, nn, ops, reference
 from ._dispatch import BackendError, explain, record, use_backend
 from ._fuse import fuse, unfuse
 from ._info import info
+from .ops.axial_attention import axial_attention
+from .ops.car_losses import car_losses
+from .ops.class_centers import class_centers
 from .ops.confusion_matrix import confusion_matrix
 from .ops.dupsample import dupsample
 from .ops.dupsample_argmax import dupsample_argmax
@@ -25,6 +28,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "axial_attention",
+    "car_losses",
+    "class_centers",
     "compat",
     "confusion_matrix",
     "dupsample",

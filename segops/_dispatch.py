@@ -437,6 +437,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     return Explanation(op.name, device, chosen, tuple(rows))
 
 
+def explaining() -> bool:
+    """Whether :func:`explain` asks, and nothing is to run before the op that it asks about."""
+    return _state.explaining
+
+
 def apply_environment() -> None:
     """Takes ``SEGOPS_BACKEND``; called once the op table is complete."""
     name = os.environ.get("SEGOPS_BACKEND") or None

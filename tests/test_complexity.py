@@ -23,6 +23,13 @@ DIFFER = {
         "Table 8, SegNeXt-B, 2048x1024", "Table 8, SegNeXt-L, 2048x1024", "Table 5, B w/ CC", "Table 6, T (a)",
         "Table 7, S w/o MSCA",
     },
+    "HFGD": {
+        f"{row}; ResNet-50, {backbone}"
+        for row in (
+            "SemanticFPN", "self-attention with CAR, stride 8", "HFGD, OS 4", "HFGD, OS 2", "HFGD, OS 1 (section 9)",
+        )
+        for backbone in ("iSeg's", "7x7 stem")
+    },
 }  # fmt: skip
 
 
@@ -64,6 +71,25 @@ def test_cost_of_segnext(complexity):
     assert [round(row.ours, 3) for row in rows[:8:2]] == by_convention
     expected = [34.894, 40.918, 32.326, 32.865, 10.058, 4.910, 6.592, 12.062, 6.496, 15.714]
     assert [round(row.ours, 3) for row in rows[8:]] == expected
+
+
+def test_cost_of_hfgd(complexity):
+    """The paper's own figures cannot be had; ours to the last digit, and where they come from."""
+    section = complexity.hfgd()
+    assert {row.name for row in section.rows if row.printed != row.paper} == DIFFER["HFGD"]
+    ours = [round(row.ours, 2) for row in section.rows if row.name.endswith("iSeg's")]
+    assert ours == [48.61, 162.68, 70.0, 138.15, 469.49]
+    with complexity.FAKE:
+        image = torch.empty(1, 3, 513, 513)
+        costs = [
+            complexity.products_of(complexity.resnet50(iseg=iseg, output_stride=stride), image)[""]
+            for iseg, stride in ((True, 32), (True, 8), (False, 32))
+        ]
+    assert [round(cost, 2) for cost in costs] == [26.44, 108.8, 22.55]
+    parts = [[round(part, 2) for part in complexity.hfgd_parts(output_stride=s).values()] for s in (4, 2)]
+    assert parts == [[0.64, 17.37, 18.75, 1.09, 3.27, 2.2, 0.25], [0.64, 17.37, 58.01, 4.33, 12.99, 17.38, 1.0]]
+    # 129 rows and columns of 129 x 129 pixels, 256 channels of queries and of values.
+    assert complexity.hfgd_parts()["axial attention"] == pytest.approx(2 * 129**3 * 512 / 1e9)
 
 
 def test_counts_by_hand(complexity):

@@ -22,6 +22,7 @@ ABSENT: dict[tuple[str, str], str] = {
     ("upsample_cross_entropy", "csrc/cuda/{}.cu"): "no halo and no gather: nothing that Triton does badly",
     ("upsample_argmax", "csrc/cuda/{}.cu"): "no halo and no gather: nothing that Triton does badly",
     ("nmf2d", "csrc/cuda/{}.cu"): "matrix products want tensor cores, which are Triton's",
+    ("car_losses", "csrc/cuda/{}.cu"): "matrix products want tensor cores, which are Triton's",
     ("msca", "csrc/cpu/{}.cpp"): "multi_scale_strip_conv's kernels and torch's matrix product",
     ("msca", "csrc/cuda/{}.cu"): "multi_scale_strip_conv's kernels and torch's matrix product",
     ("confusion_matrix", "csrc/cuda/{}.cu"): "bound by the bytes of the labels",

@@ -143,6 +143,21 @@ def test_segnext_and_resume_equals_uninterrupted(tmp_path):
         assert_identical(once[part], twice[part])
 
 
+@pytest.mark.parametrize("model", ["hfgd-os2", "semanticfpn"])
+def test_hfgd_and_its_baseline(tmp_path, model):
+    options = ("--data", write_camvid(tmp_path / "data"), "--steps", 2, "--show", 1, *TINY, "--crop", 64)
+    train("--model", model, "--out", tmp_path / "out", *options)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert np.isfinite(results["losses"]).tolist() == [True, True]
+    with Image.open(tmp_path / "out" / "predictions.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_unknown_backbone_is_a_usage_error(tmp_path):
+    run = train("--model", "hfgd-os4", "--backbone", "mscan-x", "--out", tmp_path / "out", code=2)
+    assert "must be one of 't', 's', 'b', 'l', got 'x'" in run.stderr
+
+
 def test_temperature_plot_needs_a_temperature(tmp_path):
     run = train("--temperature-plot", "--out", tmp_path / "out", code=2)
     assert "--temperature-plot needs --model dupsampling, not gald" in run.stderr

@@ -126,6 +126,15 @@ def init_gaussian(module: nn.Module, std: float = 0.1) -> None:
                 nn.init.zeros_(child.bias)
 
 
+def init_glorot(module: nn.Module) -> None:
+    """Convolutions from Glorot's uniform distribution, their biases 0."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     if tuple(x.shape[2:]) == tuple(size):
         return x

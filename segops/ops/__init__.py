@@ -2,6 +2,9 @@
 
 from .. import _dispatch
 from . import (
+    axial_attention,
+    car_losses,
+    class_centers,
     confusion_matrix,
     dupsample,
     dupsample_argmax,
@@ -15,6 +18,9 @@ from . import (
 )
 
 __all__ = [
+    "axial_attention",
+    "car_losses",
+    "class_centers",
     "confusion_matrix",
     "dupsample",
     "dupsample_argmax",

@@ -69,10 +69,12 @@ def empty_labels(x: Tensor, classes: int, size: list[int], return_confidence: bo
     return labels, torch.empty(shape if return_confidence else 0, dtype=accumulator(x.dtype), device=x.device)
 
 
-def raise_label(function: str, target: Tensor, index: int, classes: int, ignore_index: int) -> None:
+def raise_label(
+    function: str, target: Tensor, index: int, classes: int, ignore_index: int, name: str = "target"
+) -> None:
     """What a native op that read the labels returned: -1, or the flat index of the first label out of range."""
     if index >= 0:
-        raise label_error(function, "target", target, index, classes, ignore_index)
+        raise label_error(function, name, target, index, classes, ignore_index)
 
 
 def why_not(x: Tensor, *args: Any) -> str | None:

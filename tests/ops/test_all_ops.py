@@ -81,6 +81,11 @@ def leaves(sample, tensors):
     return inputs, wanted
 
 
+def moving(outputs):
+    """Those that have a gradient: counts, for one, have none."""
+    return [out for out in outputs if out.requires_grad]
+
+
 def run(name, sample, tensors, *, weights=None):
     """Outputs, and the gradients of their weighted sum, by name."""
     inputs, wanted = leaves(sample, tensors)
@@ -92,8 +97,9 @@ def run(name, sample, tensors, *, weights=None):
     if weights is None:
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
-    cotangents = [w.to(out.device, out.dtype) for w, out in zip(weights, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
+    pairs = zip(weights, outputs, strict=True)
+    cotangents = [w.to(out.device, out.dtype) for w, out in pairs if out.requires_grad]
+    gradients = torch.autograd.grad(moving(outputs), list(wanted.values()), cotangents)
     return values | {f"gradient of {key}": gradient for key, gradient in zip(wanted, gradients, strict=True)}
 
 
@@ -257,9 +263,11 @@ def test_gradcheck(lane, name, sample):
 
     def function(*tensors):
         anew = {id(old): new for old, new in zip(wanted.values(), tensors, strict=True)}
-        return FUNCTIONS[name](**tree_unflatten([anew.get(id(x), x) for x in flat], structure), **sample.kwargs)
+        outputs = FUNCTIONS[name](**tree_unflatten([anew.get(id(x), x) for x in flat], structure), **sample.kwargs)
+        return tuple(out for out, moves in zip(outputs_of(outputs), kept, strict=True) if moves)
 
     with lane.active():
+        kept = [out.requires_grad for out in outputs_of(FUNCTIONS[name](**inputs, **sample.kwargs))]
         torch.autograd.gradcheck(function, tensors, fast_mode=lane.slow or sum(x.numel() for x in tensors) > 150)
         torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
@@ -316,7 +324,7 @@ def resized(sample, dh, dw):
 def gradients_of_sum(outputs, wanted):
     if not wanted:
         return ()
-    return torch.autograd.grad([o.sum() for o in outputs], list(wanted.values()))
+    return torch.autograd.grad([o.sum() for o in moving(outputs)], list(wanted.values()))
 
 
 @every_lane
@@ -408,7 +416,7 @@ def test_autocast(lane, dtype, name, sample):
         with torch.autocast(lane.device, dtype=dtype):
             actual = outputs_of(function(**mixed))
             double = outputs_of(function(**apply(as_float(torch.float64), tensors)))
-            outputs = [out.float().sum() for out in outputs_of(function(**inputs))]
+            outputs = [out.float().sum() for out in moving(outputs_of(function(**inputs)))]
         gradients = torch.autograd.grad(outputs, list(wanted.values())) if wanted else ()
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype

@@ -1,0 +1,727 @@
+// Axial attention for one instruction set; see axial_attention.cpp for the formula and the plan.
+
+#include "cpu/arena.body.h"
+
+constexpr int64_t tile = 32;                                          // queries side by side
+constexpr int max_rows = SEGOPS_VECTOR_REGISTERS == 32 ? 14 : 6;      // by two vectors: what sums fit the registers
+
+// out[i] (+)= sum_t a[i * Row + t * a_step] * b[t * b_step ...], `Vectors` vectors wide.
+template <typename A, int Rows, int Vectors, int Row>
+[[gnu::noinline]] void multiply(const A* a, int64_t a_step, const A* b, int64_t b_step, int64_t count, A* out,
+                                int64_t out_step, bool add) {
+  constexpr int L = Simd<A>::lanes;
+  Vec<A> acc[Rows][Vectors] = {};
+#pragma GCC unroll 2
+  for (int64_t t = 0; t < count; ++t, a += a_step, b += b_step) {
+    Vec<A> right[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) acc[i][v] += a[i * Row] * right[v];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      A* to = out + i * out_step + v * L;
+      store(to, add ? load(to) + acc[i][v] : acc[i][v]);
+    }
+}
+
+// The first `count` of a vector's elements, as widen and narrow take them, through masks where there are any: copying
+// them one by one takes longer than everything else that is done to the end of a line.
+#if SEGOPS_X86_ISAS && SEGOPS_VECTOR_BYTES == 64
+[[gnu::always_inline]] inline Vec<float> widen_some(const float* p, int64_t count) {
+  return __builtin_ia32_loadups512_mask(p, Vec<float>{}, uint16_t((1u << count) - 1));
+}
+[[gnu::always_inline]] inline Vec<double> widen_some(const double* p, int64_t count) {
+  return __builtin_ia32_loadupd512_mask(p, Vec<double>{}, uint8_t((1u << count) - 1));
+}
+template <typename T>
+[[gnu::always_inline]] inline Vec<float> widen_some(const T* p, int64_t count) {
+  typedef short Shorts __attribute__((vector_size(32)));
+  T full[16];
+  const auto bits = __builtin_ia32_loaddquhi256_mask(reinterpret_cast<const short*>(p), Shorts{}, uint16_t((1u << count) - 1));
+  __builtin_memcpy(full, &bits, 32);
+  return widen(static_cast<const T*>(full));
+}
+[[gnu::always_inline]] inline void narrow_some(Vec<float> x, float* p, int64_t count) {
+  __builtin_ia32_storeups512_mask(p, x, uint16_t((1u << count) - 1));
+}
+[[gnu::always_inline]] inline void narrow_some(Vec<double> x, double* p, int64_t count) {
+  __builtin_ia32_storeupd512_mask(p, x, uint8_t((1u << count) - 1));
+}
+template <typename T>
+[[gnu::always_inline]] inline void narrow_some(Vec<float> x, T* p, int64_t count) {
+  typedef short Shorts __attribute__((vector_size(32)));
+  T full[16];
+  Shorts bits;
+  narrow(x, static_cast<T*>(full));
+  __builtin_memcpy(&bits, full, 32);
+  __builtin_ia32_storedquhi256_mask(reinterpret_cast<short*>(p), bits, uint16_t((1u << count) - 1));
+}
+#else
+template <typename T>
+[[gnu::always_inline]] inline auto widen_some(const T* p, int64_t count) {
+  return widen(p, count);
+}
+template <typename T, typename V>
+[[gnu::always_inline]] inline void narrow_some(V x, T* p, int64_t count) {
+  narrow(x, p, count);
+}
+#endif
+
+// Rows of scalars in panels: [parts][depth][width], one panel per block of sums.
+struct Panels {
+  int64_t width, parts;
+  explicit Panels(int64_t rows) : width(0), parts(0) {
+    for (int64_t w = max_rows; w >= 1; --w) {
+      const int64_t p = (rows + w - 1) / w;
+      if (!width || p * (w + 1) < parts * (width + 1)) width = w, parts = p;
+    }
+  }
+  int64_t rows() const { return width * parts; }
+};
+
+template <typename Kernel>
+[[gnu::always_inline]] inline void with_width(int64_t width, Kernel kernel) {
+  switch (width) {
+#if SEGOPS_VECTOR_REGISTERS == 32
+    case 14: return kernel.template operator()<14>();
+    case 13: return kernel.template operator()<13>();
+    case 12: return kernel.template operator()<12>();
+    case 11: return kernel.template operator()<11>();
+    case 10: return kernel.template operator()<10>();
+    case 9: return kernel.template operator()<9>();
+    case 8: return kernel.template operator()<8>();
+    case 7: return kernel.template operator()<7>();
+#endif
+    case 6: return kernel.template operator()<6>();
+    case 5: return kernel.template operator()<5>();
+    case 4: return kernel.template operator()<4>();
+    case 3: return kernel.template operator()<3>();
+    case 2: return kernel.template operator()<2>();
+    default: return kernel.template operator()<1>();
+  }
+}
+
+// out[rows][tile] (+)= panels of [depth] scalars * b[depth][tile], of which the first `width` queries are wanted.
+template <typename A>
+void product(const Panels& rows, const A* panels, int64_t depth, const A* b, int64_t b_step, int64_t width, A* out,
+             bool add) {
+  constexpr int64_t L = Simd<A>::lanes;
+  with_width(rows.width, [&]<int W>() {
+    for (int64_t part = 0; part < rows.parts; ++part)
+      for (int64_t x = 0; x < width; x += 2 * L) {
+        const A* a = panels + part * depth * W;
+        A* to = out + part * W * tile + x;
+        if (x + L < width)
+          multiply<A, W, 2, 1>(a, W, b + x, b_step, depth, to, tile, add);
+        else
+          multiply<A, W, 1, 1>(a, W, b + x, b_step, depth, to, tile, add);
+      }
+  });
+}
+
+// out[rows][columns] += sum over `width` queries of scores[rows][tile] * b[tile][columns].
+template <typename A>
+void outer_product(const Panels& rows, const A* scores, int64_t width, const A* b, int64_t columns, A* out,
+                   int64_t out_step) {
+  constexpr int64_t L = Simd<A>::lanes;
+  with_width(rows.width, [&]<int W>() {
+    for (int64_t x = 0; x < columns; x += 2 * L)
+      for (int64_t part = 0; part < rows.parts; ++part) {
+        const A* from = scores + part * W * tile;
+        A* to = out + part * W * out_step + x;
+        if (x + L < columns)
+          multiply<A, W, 2, tile>(from, 1, b + x, columns, width, to, out_step, true);
+        else
+          multiply<A, W, 1, tile>(from, 1, b + x, columns, width, to, out_step, true);
+      }
+  });
+}
+
+template <typename A>
+void zero(A* data, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) data[i] = 0;
+}
+
+// [rows][columns] to [columns][rows], whole vectors of rows; rows past the end repeat the last one.
+template <typename A>
+void turn(const A* from, int64_t from_step, int64_t rows, int64_t columns, A* to, int64_t to_step) {
+  constexpr int64_t L = Simd<A>::lanes;
+  for (int64_t i = 0; i < rows; i += L)
+    for (int64_t j = 0; j < columns; j += L) {
+      Vec<A> square[L];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < L; ++k) square[k] = load(from + least(i + k, rows - 1) * from_step + j);
+      transpose<A>(square);
+      if (columns - j >= L) {
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < L; ++k) store(to + (j + k) * to_step + i, square[k]);
+      } else {
+        for (int64_t k = 0; k < columns - j; ++k) store(to + (j + k) * to_step + i, square[k]);
+      }
+    }
+}
+
+// [depth][columns] to panels of columns.
+template <typename A>
+void to_panels(const A* from, int64_t from_step, int64_t depth, const Panels& panels, A* to) {
+  constexpr int64_t L = Simd<A>::lanes;
+  // Whole vectors are written: each runs over into the next, which is written after it.
+  for (int64_t part = 0; part < panels.parts; ++part)
+    for (int64_t t = 0; t < depth; ++t, to += panels.width)
+      for (int64_t x = 0; x < panels.width; x += L) store(to + x, load(from + t * from_step + part * panels.width + x));
+}
+
+template <typename T, typename A = typename Sum<T>::type>
+struct Worker {
+  static constexpr int64_t L = Simd<A>::lanes;
+  static constexpr A lowest = sizeof(A) == 4 ? A(-3e38f) : A(-1e300);
+
+  const Pass& p;
+  const Panels keys, narrow_rows, wide_rows;  // of a line's keys; of the channels of q and k, and of a chunk of v
+  const int64_t d, chunk, cells;              // cells: pixels of a round, in whole tiles
+  const int64_t row, long_row, d_row, c_row;  // lengths of a row of queries, of a line, and of channels
+  A *planar, *rows;                           // what fetch hands on
+  A *q, *q_rows, *k, *k_rows, *v, *g, *g_rows, *out;
+  A *scores, *grads, *mixed, *dk, *dv;
+  A *lse, *factor, *keep;
+
+  // Rows whose distance is a multiple of 2048 bytes would share cache sets.
+  static int64_t spread(int64_t length) { return length * int64_t(sizeof(A)) % 2048 ? length : length + L; }
+
+  explicit Worker(const Pass& p)
+      : p(p), keys(p.length), narrow_rows(p.d), wide_rows(p.chunk), d(p.d), chunk(p.chunk),
+        cells(round_up(least(p.round, p.length), tile)), row(spread(cells)),
+        long_row(spread(round_up(p.length, tile) + L)), d_row(round_up(p.d, L)), c_row(round_up(p.chunk, L)) {}
+
+  bool chunked() const { return chunk < p.dv; }
+  static int64_t width_of(int64_t queries) { return least(round_up(queries, L), tile); }  // of a tile, in whole vectors
+  int64_t tiles() const { return cells / tile; }
+  int64_t scores_at(int64_t line, int64_t x) const {
+    return chunked() ? (line * tiles() + x / tile) * keys.rows() * tile : 0;
+  }
+
+  void take_memory(Arena& arena, bool backward) {
+    const int64_t G = p.group(), C = most(d, chunk), slack = 2 * L, held = chunked() ? G * tiles() : 1;
+    planar = arena.take<A>(G * C * long_row + slack), rows = arena.take<A>((long_row + L) * most(d_row, c_row) + slack);
+    q = arena.take<A>(G * d * row), k = arena.take<A>(G * keys.rows() * d + slack);
+    lse = arena.take<A>(G * row), factor = arena.take<A>(G * row), keep = arena.take<A>(G * row);
+    scores = arena.take<A>(held * keys.rows() * tile);
+    out = arena.take<A>(G * C * row);
+    mixed = arena.take<A>((C + max_rows) * tile);
+    if (!backward) {
+      v = arena.take<A>(G * wide_rows.rows() * p.length + max_rows * p.length + slack);
+      return;
+    }
+    grads = arena.take<A>(held * keys.rows() * tile);
+    v = arena.take<A>(G * keys.rows() * chunk + slack);
+    k_rows = arena.take<A>(G * narrow_rows.rows() * p.length + slack);
+    q_rows = arena.take<A>(G * cells * d_row), g_rows = arena.take<A>(G * cells * c_row);
+    g = arena.take<A>(G * chunk * row);
+    if (p.whole()) dk = arena.take<A>(G * keys.rows() * d_row), dv = arena.take<A>(G * keys.rows() * c_row);
+  }
+
+  struct Task {
+    int64_t n, head, line, lines, first, last;
+  };
+  Task task(int64_t index) const {
+    Task t;
+    t.first = index % p.pieces * p.piece_length(), t.last = least(t.first + p.piece_length(), p.length);
+    index /= p.pieces;
+    t.line = p.first_line(index % p.groups), t.lines = p.first_line(index % p.groups + 1) - t.line;
+    index /= p.groups;
+    t.head = index % p.heads, t.n = index / p.heads;
+    return t;
+  }
+
+  T* at(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t pixel) const {
+    return static_cast<T*>(map.data) + t.n * map.n + (t.head * width + channel) * map.c + t.line * map.line +
+           pixel * map.pixel;
+  }
+
+  // Hands on every line of `channels` channels of `count` pixels, times `by`: function(line, planar, rows), planar
+  // [channels][long_row] and, where wanted, rows [pixels][round_up(channels, L)]. Pixels up to a whole tile are 0.
+  template <bool Planar, bool Rows, typename Function>
+  void fetch(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t channels, int64_t first,
+             int64_t count, A by, Function function) {
+    const T* from = at(map, t, width, channel, first);
+    const int64_t padded = round_up(count, tile), step = round_up(channels, L);
+    if (map.interleaved())
+      for (int64_t c = 0; c < channels; ++c)
+        columns(map, from + c * map.c, t.lines, count, by, planar + c * long_row, channels * long_row);
+    for (int64_t line = 0; line < t.lines; ++line, from += map.line) {
+      A* plane = planar;
+      if (map.pixel == 1) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const T* in = from + c * map.c;
+          A* to = plane + c * long_row;
+          int64_t x = 0;
+          for (; x + L <= count; x += L) store(to + x, widen(in + x) * by);
+          if (x < count) store(to + x, widen_some(in + x, count - x) * by), x += L;
+          for (; x < padded; x += L) store(to + x, Vec<A>{});
+        }
+      } else if (map.c == 1) {
+        for (int64_t x = 0; x < count; ++x) {
+          const T* in = from + x * map.pixel;
+          int64_t c = 0;
+          for (; c + L <= channels; c += L) store(rows + x * step + c, widen(in + c) * by);
+          if (c < channels) store(rows + x * step + c, widen_some(in + c, channels - c) * by);
+        }
+        zero(rows + count * step, (padded - count) * step);
+        if constexpr (Planar) turn(rows, step, padded, channels, plane, long_row);
+        function(line, plane, rows);
+        continue;
+      } else if (map.interleaved()) {
+        plane = planar + line * channels * long_row;
+      } else {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t x = 0; x < padded; ++x)
+            plane[c * long_row + x] = x < count ? widen(from + c * map.c + x * map.pixel, 1)[0] * by : A(0);
+      }
+      if constexpr (Rows) turn(plane, long_row, channels, padded, rows, step);
+      function(line, plane, rows);
+    }
+  }
+
+  // One channel of lines that lie side by side: to[line][pixel].
+  void columns(const Map& map, const T* from, int64_t lines, int64_t count, A by, A* to, int64_t to_step) {
+    const int64_t padded = round_up(count, tile);
+    for (int64_t x = 0; x < padded; x += L)
+      for (int64_t line = 0; line < lines; line += L) {
+        const int64_t some = least(lines - line, L);
+        Vec<A> square[L];
+        for (int64_t i = x; i < least(x + L, count); ++i) {
+          const T* next = from + map.c + i * map.pixel + line;
+          __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + some - 1, 0, 2);
+        }
+        if (some == L && x + L <= count) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < L; ++i) square[i] = widen(from + (x + i) * map.pixel + line) * by;
+        } else {
+          for (int64_t i = 0; i < L; ++i)
+            square[i] = x + i < count ? widen_some(from + (x + i) * map.pixel + line, some) * by : Vec<A>{};
+        }
+        transpose<A>(square);
+        if (some == L) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < L; ++i) store(to + (line + i) * to_step + x, square[i]);
+        } else {
+          for (int64_t i = 0; i < some; ++i) store(to + (line + i) * to_step + x, square[i]);
+        }
+      }
+  }
+
+  // Writes from[line][channel][pixel], rows `step` apart and with a vector's room behind the last pixel.
+  void give(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t channels, int64_t first,
+            int64_t count, const A* from, int64_t step, int64_t line_step) {
+    T* to = at(map, t, width, channel, first);
+    if (map.interleaved()) {
+      for (int64_t c = 0; c < channels; ++c, to += map.c, from += step)
+        for (int64_t x = 0; x < count; x += L)
+          for (int64_t line = 0; line < t.lines; line += L) {
+            const int64_t some = least(t.lines - line, L);
+            Vec<A> square[L];
+            for (int64_t i = x; i < least(x + L, count); ++i) {
+              const T* next = to + map.c + i * map.pixel + line;
+              __builtin_prefetch(next, 1, 2), __builtin_prefetch(next + some - 1, 1, 2);
+            }
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < L; ++i) square[i] = load(from + least(line + i, t.lines - 1) * line_step + x);
+            transpose<A>(square);
+            for (int64_t i = 0; i < L && x + i < count; ++i) {
+              T* pixel = to + (x + i) * map.pixel + line;
+              some == L ? narrow(square[i], pixel) : narrow_some(square[i], pixel, some);
+            }
+          }
+      return;
+    }
+    for (int64_t line = 0; line < t.lines; ++line, to += map.line, from += line_step) {
+      if (map.pixel == 1) {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t x = 0; x < count; x += L) {
+            const Vec<A> v = load(from + c * step + x);
+            count - x >= L ? narrow(v, to + c * map.c + x) : narrow_some(v, to + c * map.c + x, count - x);
+          }
+      } else if (map.c == 1) {
+        for (int64_t x = 0; x < count; x += L)
+          for (int64_t c = 0; c < channels; c += L) {
+            const int64_t some = least(channels - c, L);
+            Vec<A> square[L];
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < L; ++i) square[i] = load(from + least(c + i, channels - 1) * step + x);
+            transpose<A>(square);
+            for (int64_t i = 0; i < L && x + i < count; ++i) {
+              T* pixel = to + (x + i) * map.pixel + c;
+              some == L ? narrow(square[i], pixel) : narrow_some(square[i], pixel, some);
+            }
+          }
+      } else {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t x = 0; x < count; ++x)
+            narrow(Vec<A>{} + from[c * step + x], to + c * map.c + x * map.pixel, 1);
+      }
+    }
+  }
+
+  // Writes a line's keys from[line][pixel][step] to a gradient, or adds them to it.
+  void give_rows(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t channels, A* from,
+                 int64_t step, int64_t line_step, bool add) {
+    if (add)
+      fetch<false, true>(map, t, width, channel, channels, 0, p.length, A(1), [&](int64_t line, A*, const A* old) {
+        const int64_t old_step = round_up(channels, L);
+        for (int64_t x = 0; x < p.length; ++x)
+          for (int64_t c = 0; c < channels; c += L) {
+            A* to = from + line * line_step + x * step + c;
+            store(to, load(to) + load(old + x * old_step + c));
+          }
+      });
+    if (map.c == 1 && map.pixel != 1) {
+      for (int64_t line = 0; line < t.lines; ++line)
+        for (int64_t x = 0; x < p.length; ++x) {
+          T* to = at(map, t, width, channel, x) + line * map.line;
+          const A* in = from + line * line_step + x * step;
+          int64_t c = 0;
+          for (; c + L <= channels; c += L) narrow(load(in + c), to + c);
+          if (c < channels) narrow_some(load(in + c), to + c, channels - c);
+        }
+      return;
+    }
+    for (int64_t line = 0; line < t.lines; ++line)
+      turn(from + line * line_step, step, p.length, channels, planar + line * channels * long_row, long_row);
+    give(map, t, width, channel, channels, 0, p.length, planar, long_row, channels * long_row);
+  }
+
+  void fetch_value(const Task& t, int64_t channel, int64_t channels, bool backward) {
+    if (backward)
+      fetch<true, false>(p.value, t, p.dv, channel, channels, 0, p.length, A(1), [&](int64_t line, A* plane, A*) {
+        to_panels(plane, long_row, channels, keys, v + line * keys.rows() * chunk);
+      });
+    else
+      fetch<false, true>(p.value, t, p.dv, channel, channels, 0, p.length, A(1), [&](int64_t line, A*, A* in) {
+        to_panels(in, round_up(channels, L), p.length, Panels(channels), v + line * wide_rows.rows() * p.length);
+      });
+  }
+
+  void fetch_query(const Task& t, int64_t first, int64_t count, bool backward) {
+    const auto keep_plane = [&](int64_t line, const A* plane) {
+      for (int64_t c = 0; c < d; ++c)
+        for (int64_t x = 0; x < round_up(count, tile); x += L)
+          store(q + (line * d + c) * row + x, load(plane + c * long_row + x));
+    };
+    if (!backward)
+      return fetch<true, false>(p.query, t, d, 0, d, first, count, A(p.scale),
+                                [&](int64_t line, A* plane, A*) { keep_plane(line, plane); });
+    fetch<true, true>(p.query, t, d, 0, d, first, count, A(p.scale), [&](int64_t line, A* plane, A* in) {
+      keep_plane(line, plane);
+      A* to = q_rows + line * cells * d_row;
+      for (int64_t i = 0; i < round_up(count, tile) * d_row; i += L) store(to + i, load(in + i));
+    });
+  }
+
+  A* lse_at(const Task& t, int64_t line, int64_t pixel) const {
+    return static_cast<A*>(p.lse.data) + t.n * p.lse.n + t.head * p.lse.c + (t.line + line) * p.lse.line +
+           pixel * p.lse.pixel;
+  }
+  A* delta_at(const Task& t, int64_t line, int64_t pixel) const {
+    return static_cast<A*>(p.delta.data) + t.n * p.delta.n + t.head * p.delta.c + (t.line + line) * p.delta.line +
+           pixel * p.delta.pixel;
+  }
+
+  // Scores of a tile of queries, x of the round and `first` + x of the line.
+  void score(int64_t line, int64_t x, int64_t width, int64_t first, A* s) {
+    product(keys, k + line * keys.rows() * d, d, q + line * d * row + x, row, width, s, false);
+    if (p.skip_itself)
+      for (int64_t i = 0; i < tile && first + x + i < p.length; ++i) s[(first + x + i) * tile + i] = -__builtin_inf();
+  }
+
+  // Scores to unnormalised weights; their factor, and what remains of the result in place.
+  void softmax(const Task& t, int64_t line, int64_t x, int64_t width, int64_t first, int64_t count, A* s) {
+    A log_total[tile], before[tile] = {};
+    const int64_t some = least(count - x, tile);
+    if (p.merge)
+      for (int64_t i = 0; i < some; ++i) before[i] = *lse_at(t, line, first + x + i);
+    for (int64_t i = 0; i < width; i += L) {
+      Vec<A> top = Vec<A>{} + lowest, next = top, total = {};
+      int64_t j = 0;
+      for (; j + 2 <= p.length; j += 2) {
+        const Vec<A> a = load(s + j * tile + i), b = load(s + (j + 1) * tile + i);
+        top = a > top ? a : top, next = b > next ? b : next;
+      }
+      for (; j < p.length; ++j) top = load(s + j * tile + i) > top ? load(s + j * tile + i) : top;
+      top = top > next ? top : next;
+#pragma GCC unroll 2
+      for (j = 0; j < p.length; ++j) {
+        const Vec<A> weight = vexp<A>(load(s + j * tile + i) - top);
+        total += weight;
+        store(s + j * tile + i, weight);
+      }
+      const auto none = total == Vec<A>{};  // of a column without its pixel
+      const Vec<A> safe = none ? Vec<A>{} + 1 : total;
+      Vec<A> log = none ? Vec<A>{} + lowest : top + vlog<A>(safe);
+      Vec<A> by = 1 / safe;
+      if (p.merge) {
+        const Vec<A> old = load(before + i), most = old > log ? old : log;
+        const Vec<A> both = most + vlog<A>(vexp<A>(old - most) + vexp<A>(log - most));
+        store(keep + line * row + x + i, vexp<A>(old - both));
+        by *= vexp<A>(log - both);
+        log = both;
+      }
+      store(factor + line * row + x + i, by);
+      store(log_total + i, log);
+    }
+    for (int64_t i = 0; i < some; ++i) *lse_at(t, line, first + x + i) = log_total[i];
+  }
+
+  void mix(int64_t line, int64_t x, int64_t width, int64_t channels, const A* s) {
+    const Panels panels(channels);
+    product(panels, v + line * wide_rows.rows() * p.length, p.length, s, tile, width, mixed, false);
+    for (int64_t i = 0; i < width; i += L) {
+      const Vec<A> by = load(factor + line * row + x + i);
+      for (int64_t c = 0; c < channels; ++c)
+        store(out + (line * channels + c) * row + x + i, load(mixed + c * tile + i) * by);
+    }
+  }
+
+  void give_out(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
+    if (p.add || p.merge)
+      fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1), [&](int64_t line, A* old, A*) {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t x = 0; x < count; x += L) {
+            A* to = out + (line * channels + c) * row + x;
+            const Vec<A> before = load(old + c * long_row + x);
+            store(to, load(to) + (p.merge ? before * load(keep + line * row + x) : before));
+          }
+      });
+    give(p.out, t, p.dv, channel, channels, first, count, out, row, channels * row);
+  }
+
+  void forward(const Task& t) {
+    fetch<true, false>(p.key, t, d, 0, d, 0, p.length, A(1), [&](int64_t line, A* plane, A*) {
+      to_panels(plane, long_row, d, keys, k + line * keys.rows() * d);
+    });
+    if (!chunked()) fetch_value(t, 0, chunk, false);
+    for (int64_t first = t.first; first < t.last; first += p.round) {
+      const int64_t count = least(p.round, t.last - first);
+      fetch_query(t, first, count, false);
+      for (int64_t line = 0; line < t.lines; ++line)
+        for (int64_t x = 0; x < count; x += tile) {
+          A* s = scores + scores_at(line, x);
+          const int64_t width = width_of(count - x);
+          score(line, x, width, first, s);
+          softmax(t, line, x, width, first, count, s);
+          if (!chunked()) mix(line, x, width, chunk, s);
+        }
+      if (!chunked()) {
+        give_out(t, 0, chunk, first, count);
+        continue;
+      }
+      for (int64_t channel = 0; channel < p.dv; channel += chunk) {
+        const int64_t channels = least(chunk, p.dv - channel);
+        fetch_value(t, channel, channels, false);
+        for (int64_t line = 0; line < t.lines; ++line)
+          for (int64_t x = 0; x < count; x += tile)
+            mix(line, x, width_of(count - x), channels, scores + scores_at(line, x));
+        give_out(t, channel, channels, first, count);
+      }
+    }
+  }
+
+  // Backward's own: weights from the log-sum-exps.
+  void weigh(int64_t line, int64_t x, int64_t width, A* s) {
+    for (int64_t i = 0; i < width; i += L) {
+      const Vec<A> log = load(lse + line * row + x + i);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < p.length; ++j) store(s + j * tile + i, vexp<A>(load(s + j * tile + i) - log));
+    }
+  }
+
+  // Gradients of the scores in the place of those of the weights. delta is divided by the weights' sum, 1 but for the
+  // rounding of the log-sum-exp, which would not cancel.
+  void differentiate(int64_t line, int64_t x, int64_t width, const A* s, A* e) {
+    for (int64_t i = 0; i < width; i += L) {
+      Vec<A> delta = {}, next = {}, total = {};
+      if (p.delta_of_out || p.delta_given) {
+        delta = load(factor + line * row + x + i);
+      } else {
+        int64_t j = 0;
+        for (; j + 2 <= p.length; j += 2) {
+          const Vec<A> a = load(s + j * tile + i), b = load(s + (j + 1) * tile + i);
+          delta += a * load(e + j * tile + i), next += b * load(e + (j + 1) * tile + i);
+          total += a + b;
+        }
+        for (; j < p.length; ++j) {
+          const Vec<A> a = load(s + j * tile + i);
+          delta += a * load(e + j * tile + i), total += a;
+        }
+        delta = (delta + next) / total;
+      }
+      for (int64_t j = 0; j < p.length; ++j) {
+        A* at = e + j * tile + i;
+        store(at, load(s + j * tile + i) * (load(at) - delta));
+      }
+    }
+  }
+
+  void grad_query_key(int64_t line, int64_t x, int64_t width, const A* e, A* to, int64_t step) {
+    product(narrow_rows, k_rows + line * narrow_rows.rows() * p.length, p.length, e, tile, width, mixed, false);
+    for (int64_t c = 0; c < d; ++c)
+      for (int64_t i = 0; i < width; i += L)
+        store(out + (line * d + c) * row + x + i, load(mixed + c * tile + i) * A(p.scale));
+    outer_product(keys, e, width, q_rows + (line * cells + x) * d_row, d_row, to, step);
+  }
+
+  // A chunk of grad_out, and the part of delta that goes through it.
+  void fetch_grad(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
+    fetch<true, true>(p.grad_out, t, p.dv, channel, channels, first, count, A(1), [&](int64_t line, A* plane, A* in) {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t x = 0; x < round_up(count, tile); x += L)
+          store(g + (line * chunk + c) * row + x, load(plane + c * long_row + x));
+      A* to = g_rows + line * cells * c_row;
+      for (int64_t i = 0; i < round_up(count, tile) * round_up(channels, L); i += L) store(to + i, load(in + i));
+    });
+    if (!p.delta_of_out) return;
+    fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1), [&](int64_t line, A* plane, A*) {
+      for (int64_t x = 0; x < round_up(count, tile); x += L) {
+        Vec<A> sum = channel ? load(factor + line * row + x) : Vec<A>{};
+        for (int64_t c = 0; c < channels; ++c)
+          sum += load(plane + c * long_row + x) * load(g + (line * chunk + c) * row + x);
+        store(factor + line * row + x, sum);
+      }
+    });
+  }
+
+  void fetch_rows(const Task& t, int64_t first, int64_t count) {
+    for (int64_t line = 0; line < t.lines; ++line) {
+      A* log = lse + line * row;
+      A* delta = factor + line * row;
+      for (int64_t x = 0; x < count; ++x) log[x] = *lse_at(t, line, first + x);
+      if (p.delta_given)
+        for (int64_t x = 0; x < count; ++x) delta[x] = *delta_at(t, line, first + x);
+      for (int64_t x = count; x < round_up(count, tile); ++x) log[x] = delta[x] = 0;
+    }
+  }
+
+  static int64_t partial_rows(const Pass& p) { return Panels(p.length).rows() * (round_up(p.d, L) + round_up(p.dv, L)); }
+  A* partial(const Task& t, int64_t line, int64_t piece) const {
+    const int64_t index = ((t.n * p.heads + t.head) * p.lines + t.line + line) * p.pieces + piece;
+    return static_cast<A*>(p.partial) + index * partial_rows(p);
+  }
+
+  void backward(const Task& t) {
+    const bool whole = p.whole();
+    const int64_t piece = t.first / p.piece_length(), v_row = round_up(p.dv, L);
+    const auto key_sums = [&](int64_t line) { return whole ? dk + line * keys.rows() * d_row : partial(t, line, piece); };
+    const auto value_sums = [&](int64_t line, int64_t channel) {
+      return whole ? dv + line * keys.rows() * c_row : partial(t, line, piece) + keys.rows() * d_row + channel;
+    };
+    const auto value_step = [&](int64_t channels) { return whole ? round_up(channels, L) : v_row; };
+    fetch<true, true>(p.key, t, d, 0, d, 0, p.length, A(1), [&](int64_t line, A* plane, A* in) {
+      to_panels(plane, long_row, d, keys, k + line * keys.rows() * d);
+      to_panels(in, d_row, p.length, narrow_rows, k_rows + line * narrow_rows.rows() * p.length);
+    });
+    if (!chunked()) fetch_value(t, 0, chunk, true);
+    if (whole) zero(dk, p.group() * keys.rows() * d_row);
+    for (int64_t first = t.first; first < t.last; first += p.round) {
+      const int64_t count = least(p.round, t.last - first);
+      fetch_query(t, first, count, true);
+      fetch_rows(t, first, count);
+      for (int64_t channel = 0; channel < p.dv; channel += chunk) {
+        const int64_t channels = least(chunk, p.dv - channel), step = round_up(channels, L);
+        if (chunked()) fetch_value(t, channel, channels, true);
+        fetch_grad(t, channel, channels, first, count);
+        if (whole) zero(dv, p.group() * keys.rows() * c_row);
+        for (int64_t line = 0; line < t.lines; ++line)
+          for (int64_t x = 0; x < count; x += tile) {
+            A *s = scores + scores_at(line, x), *e = grads + scores_at(line, x);
+            const int64_t width = width_of(count - x);
+            if (!channel) score(line, x, width, first, s), weigh(line, x, width, s);
+            product(keys, v + line * keys.rows() * chunk, channels, g + line * chunk * row + x, row, width, e,
+                    channel > 0);
+            outer_product(keys, s, width, g_rows + line * cells * c_row + x * step, step, value_sums(line, channel),
+                          value_step(channels));
+            if (chunked()) continue;
+            differentiate(line, x, width, s, e);
+            grad_query_key(line, x, width, e, key_sums(line), d_row);
+          }
+        if (whole)
+          give_rows(p.grad_value, t, p.dv, channel, channels, dv, step, keys.rows() * c_row, p.add_value);
+      }
+      if (p.delta_of_out)
+        for (int64_t line = 0; line < t.lines; ++line)
+          for (int64_t x = 0; x < count; ++x) *delta_at(t, line, first + x) = factor[line * row + x];
+      if (chunked())
+        for (int64_t line = 0; line < t.lines; ++line)
+          for (int64_t x = 0; x < count; x += tile) {
+            A* e = grads + scores_at(line, x);
+            differentiate(line, x, width_of(count - x), scores + scores_at(line, x), e);
+            grad_query_key(line, x, width_of(count - x), e, key_sums(line), d_row);
+          }
+      if (p.add)
+        fetch<true, false>(p.grad_query, t, d, 0, d, first, count, A(1), [&](int64_t line, A* old, A*) {
+          for (int64_t c = 0; c < d; ++c)
+            for (int64_t x = 0; x < count; x += L) {
+              A* to = out + (line * d + c) * row + x;
+              store(to, load(to) + load(old + c * long_row + x));
+            }
+        });
+      give(p.grad_query, t, d, 0, d, first, count, out, row, d * row);
+    }
+    if (whole) give_rows(p.grad_key, t, d, 0, d, dk, d_row, keys.rows() * d_row, p.add);
+  }
+
+  // The pieces' sums of a line, in the place of the first.
+  void add_pieces(const Task& t) {
+    A* sums = partial(t, 0, 0);
+    for (int64_t piece = 1; piece < p.pieces; ++piece)
+      for (int64_t i = 0; i < partial_rows(p); i += L) store(sums + i, load(sums + i) + load(partial(t, 0, piece) + i));
+    give_rows(p.grad_key, t, d, 0, d, sums, d_row, 0, p.add);
+    for (int64_t channel = 0; channel < p.dv; channel += chunk)
+      give_rows(p.grad_value, t, p.dv, channel, least(chunk, p.dv - channel), sums + keys.rows() * d_row + channel,
+                round_up(p.dv, L), 0, p.add_value);
+  }
+};
+
+template <typename Function>
+[[gnu::always_inline]] inline void with_type(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::float32: return function.template operator()<float>();
+    case DType::float64: return function.template operator()<double>();
+    case DType::bfloat16: return function.template operator()<bf16>();
+    case DType::float16: return function.template operator()<fp16>();
+  }
+}
+
+// Calls function(worker, index) for the tasks from begin to end.
+template <typename Function>
+void work(const Pass& p, bool backward, int64_t begin, int64_t end, Scratch& scratch, Function function) {
+  with_type(p.dtype, [&]<typename T>() {
+    Worker<T> worker(p);
+    Arena counted{nullptr};
+    worker.take_memory(counted, backward);
+    Arena arena{scratch.zeroed(round_up(counted.used, 64))};
+    if (!arena.base) return;
+    worker.take_memory(arena, backward);
+    for (int64_t index = begin; index < end; ++index) function(worker, index);
+  });
+}
+
+void forward(const Pass& p, int64_t begin, int64_t end, Scratch& scratch) {
+  work(p, false, begin, end, scratch, [](auto& worker, int64_t index) { worker.forward(worker.task(index)); });
+}
+void backward(const Pass& p, int64_t begin, int64_t end, Scratch& scratch) {
+  work(p, true, begin, end, scratch, [](auto& worker, int64_t index) { worker.backward(worker.task(index)); });
+}
+void add_pieces(const Pass& p, int64_t begin, int64_t end, Scratch& scratch) {
+  work(p, true, begin, end, scratch,
+       [](auto& worker, int64_t index) { worker.add_pieces(worker.task(index * worker.p.pieces)); });
+}
+int64_t partial_rows(const Pass& p) {
+  int64_t rows = 0;
+  with_type(p.dtype, [&]<typename T>() { rows = Worker<T>::partial_rows(p); });
+  return rows;
+}

@@ -1,0 +1,112 @@
+"""Class-aware regularisation as a loss module (CAR; HFGD trains with it)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import _checks
+from ..ops.car_losses import CARLosses, car_losses
+from ..ops.class_centers import class_centers
+from ._layers import check_classes, check_map
+
+__all__ = ["CAR"]
+
+
+class CAR(nn.Module):
+    """The three losses of :func:`segops.car_losses`, each times its weight; their sum is added to the cross-entropy.
+
+    Args:
+        num_classes: K >= 2.
+        weights: Of intra, c2c and c2p; 1, 1, 1 in the authors' configuration.
+        ignore_index: Label of pixels without a class.
+        c2c_threshold: As for :func:`segops.car_losses`, as are the next three.
+        c2p_threshold: See above.
+        per_image: See above.
+        mask_ignored_c2p: See above.
+        center_momentum: m in [0, 1): in training the buffer ``centers`` [K, C] moves by ``(1 - m) (mu - centers)`` for
+            each class that is there, and takes the place of the centres mu of the batch. c2c then has no gradient. The
+            authors' m is 0.9; None (their default) keeps no buffer.
+        channels: C; for the buffer only.
+        sync: Over which ranks centres and means are taken: False, True, a process group, or "auto": over all where
+            torch.distributed is initialised.
+
+    Example:
+        >>> car = segops.nn.CAR(19)
+        >>> features = torch.randn(2, 64, 16, 16, requires_grad=True)
+        >>> losses = car(features, torch.randint(0, 19, (2, 128, 128)))
+        >>> sum(losses).backward()
+    """
+
+    centers: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        ignore_index: int = 255,
+        c2c_threshold: float = 0.5,
+        c2p_threshold: float = 0.25,
+        per_image: bool = False,
+        mask_ignored_c2p: bool = False,
+        center_momentum: float | None = None,
+        channels: int | None = None,
+        sync: Any = "auto",
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_classes(name, num_classes)
+        if len(weights) != 3:
+            raise ValueError(f"{name}: weights must be three numbers (intra, c2c, c2p), got {weights!r}")
+        self.num_classes, self.weights, self.sync = num_classes, tuple(weights), sync
+        self.ignore_index, self.per_image, self.mask_ignored_c2p = ignore_index, per_image, mask_ignored_c2p
+        self.c2c_threshold, self.c2p_threshold = c2c_threshold, c2p_threshold
+        self.center_momentum = center_momentum
+        self.register_buffer("centers", None)
+        if center_momentum is not None:
+            _checks.number(name, "center_momentum", center_momentum, 0.0, 1.0)
+            if channels is None or per_image:
+                raise ValueError(f"{name}: center_momentum needs channels, and centres of the batch (per_image=False)")
+            _checks.positive(name, "channels", channels)
+            self.centers = nn.init.xavier_uniform_(torch.empty(num_classes, channels))
+
+    def forward(self, features: Tensor, labels: Tensor) -> CARLosses:
+        """Three scalars; their sum is the loss.
+
+        Args:
+            features: [N, C, h, w].
+            labels: [N, H, W], integers, H >= h and W >= w.
+        """
+        sync = dist.is_available() and dist.is_initialized() if self.sync == "auto" else self.sync
+        settings = {"ignore_index": self.ignore_index, "per_image": self.per_image, "sync": sync}
+        losses = car_losses(
+            features,
+            labels,
+            self.num_classes,
+            centers=self._moving_centers(features, labels, settings),
+            c2c_threshold=self.c2c_threshold,
+            c2p_threshold=self.c2p_threshold,
+            mask_ignored_c2p=self.mask_ignored_c2p,
+            **settings,
+        )
+        return CARLosses(*(weight * loss for weight, loss in zip(self.weights, losses, strict=True)))
+
+    @torch.no_grad()
+    def _moving_centers(self, features: Tensor, labels: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        if self.centers is None or self.center_momentum is None:
+            return None
+        check_map(type(self).__name__, "features", features, self.centers.shape[1])
+        if not self.training:
+            return self.centers
+        mean, counts = class_centers(features, labels, self.num_classes, **settings)
+        moved = self.centers.lerp(mean.to(self.centers.dtype), 1 - self.center_momentum)
+        moved = torch.where(counts.unsqueeze(1) > 0, moved, self.centers)
+        self.centers.copy_(moved)
+        return moved  # not the buffer, which the next call changes before this one's backward
+
+    def extra_repr(self) -> str:
+        return f"{self.num_classes}, weights={self.weights}, per_image={self.per_image}, sync={self.sync!r}"

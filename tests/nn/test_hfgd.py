@@ -1,0 +1,301 @@
+"""HFGD: the head against a plain-PyTorch twin, the gradient table of its branches, and the paper's ablations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import segops
+from segops.nn import CAR, HFGD, MSCAN, ContextAugmentedEncoder, HFGDHead
+
+from .hfgd_twin import TwinCAE, TwinHFGD, plain_car
+from .twins import assert_same_outputs_and_gradients
+
+WIDTHS, SIZES, CLASSES = (3, 4, 5, 7), ((17, 22), (9, 11), (5, 6), (3, 3)), 6
+
+
+def features_of(batch=2, widths=WIDTHS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(batch, c, *size, generator=generator) for c, size in zip(widths, SIZES, strict=True)]
+
+
+def target_of(size=(65, 88), batch=2) -> Tensor:
+    target = torch.randint(CLASSES, (batch, *size), generator=torch.Generator().manual_seed(4))
+    target[:, :9, :40] = 255
+    return target
+
+
+def head_of(**options) -> HFGDHead:
+    torch.manual_seed(0)
+    return HFGDHead(WIDTHS, CLASSES, **{"channels": 8, "context_channels": 10, "qk_channels": 3, **options})
+
+
+def twin_of(head: HFGDHead, doublings: int = 0) -> TwinHFGD:
+    twin = TwinHFGD(WIDTHS, CLASSES, 8, 10, 3, 4, doublings)
+    twin.load_state_dict(head.state_dict())
+    return twin
+
+
+def test_encoder_twin():
+    module = ContextAugmentedEncoder(7, channels=10, out_channels=8, qk_channels=3)
+    for which in range(2):
+        twin = TwinCAE(7, 10, 8, 3)
+        assert_same_outputs_and_gradients(module, twin, features_of()[-1:], lambda m, x, i=which: m(*x)[i])
+
+
+@pytest.mark.parametrize(("output_stride", "doublings"), [(4, 0), (2, 1)])
+def test_head_twin(output_stride, doublings):
+    head = head_of(output_stride=output_stride)
+    assert head.output_stride == output_stride
+    twin = twin_of(head, doublings)
+    assert_same_outputs_and_gradients(head, twin, features_of(), lambda m, x: m(x))
+
+
+def test_loss_and_every_gradient_of_the_twin():
+    """Fine and coarse cross-entropy and CAR's three losses."""
+    head = head_of()
+    twin, target = twin_of(head), target_of()
+    options = {"car": CAR(CLASSES), "ignore_index": 255}
+    assert_same_outputs_and_gradients(
+        head, twin, features_of(), lambda m, x: m.loss(x, target, **(options if m is head else {}))
+    )
+
+
+def test_terms_and_their_weights():
+    head, features, target = head_of().eval(), features_of(), target_of()
+    logits, aux = head(features, return_aux=True)
+    terms = head.losses(features, target, car=CAR(CLASSES), fine_weight=0.5, coarse_weight=3.0)
+    up = {"size": target.shape[1:], "mode": "bilinear", "align_corners": True}
+    fine, coarse = (F.cross_entropy(F.interpolate(z, **up), target, ignore_index=255) for z in (logits, aux["coarse"]))
+    intra, c2c, c2p = plain_car(aux["car_features"], target, CLASSES)
+    expected = {"fine": 0.5 * fine, "coarse": 3 * coarse, "intra": intra, "c2c": c2c, "c2p": c2p}
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+    torch.testing.assert_close(head.loss(features, target), fine + coarse)
+    smooth = head.losses(features, target, label_smoothing=0.1, denominator="all")
+    assert set(smooth) == {"fine", "coarse"}
+    assert smooth["coarse"] != coarse
+
+
+class Small(nn.Module):
+    """A backbone with one parameter per map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(3, c, 1, bias=False) for c in WIDTHS)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return [stage(F.adaptive_avg_pool2d(image, size)) for stage, size in zip(self.stages, SIZES, strict=True)]
+
+
+# Which loss trains what (semantics 2.1): 1 = receives a gradient.
+TABLE = {
+    "neck and axial attention": {"fine": 1, "coarse": 0, "car": 0},
+    "class kernels and trailing convolution": {"fine": 0, "coarse": 1, "car": 0},
+    "encoder and backbone": {"fine": 0, "coarse": 1, "car": 1},
+}
+
+
+def group_of(name: str) -> str:
+    if name.startswith(("decode_head.neck.", "decode_head.axial.")):
+        return "neck and axial attention"
+    if name.startswith(("decode_head.classifier.", "decode_head.encoder.trailing.")):
+        return "class kernels and trailing convolution"
+    return "encoder and backbone"
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("loss", ["fine", "coarse", "car"])
+def test_gradient_table(loss, mode):
+    torch.manual_seed(0)
+    model = HFGD(Small(), CLASSES, in_channels=WIDTHS, channels=8, context_channels=10, qk_channels=3)
+    model.train(mode == "training")
+    image = torch.randn(2, 3, 65, 88, requires_grad=True)
+    losses = model(image, target_of())
+    term = losses["intra"] + losses["c2c"] + losses["c2p"] if loss == "car" else losses[loss]
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(term, (*parameters, image), allow_unused=True)
+    assert {group_of(name) for name in names} == TABLE.keys()
+    for name, gradient in zip((*names, "image"), gradients, strict=True):
+        # The finer stages of the backbone reach no loss but the fine one, which is cut; a key's bias shifts all the
+        # logits of a query.
+        finer = name.startswith("backbone.stages") and not name.startswith("backbone.stages.3")
+        trained = TABLE[group_of(name)][loss] and not finer
+        if trained and not name.endswith("key.bias"):
+            assert gradient.abs().max() > 0, name
+        elif not trained:
+            assert gradient is None or not gradient.any(), name
+
+
+def test_fine_logits_are_those_of_the_coarse_class_kernels():
+    head, features = head_of(), features_of()
+    seen: dict[str, Tensor] = {}
+    head.axial.register_forward_hook(lambda module, inputs, output: seen.update(fine=output))
+    head.encoder.register_forward_hook(lambda module, inputs, output: seen.update(coarse=output.features))
+    logits, aux = head(features, return_aux=True)
+    weight, bias = head.classifier.weight, head.classifier.bias
+    torch.testing.assert_close(logits, F.conv2d(seen["fine"], weight, bias))
+    torch.testing.assert_close(aux["coarse"], F.conv2d(seen["coarse"], weight, bias))
+    assert torch.autograd.grad(logits.sum(), (weight, bias), retain_graph=True, allow_unused=True) == (None, None)
+    (through,) = torch.autograd.grad(logits.sum(), seen["fine"], retain_graph=True)
+    torch.testing.assert_close(through, weight.sum(0).expand_as(through))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_coarse_logits_only_on_request(training):
+    head, features = head_of().train(training), features_of()
+    calls: list[int] = []
+    head.classifier.register_forward_hook(lambda *_: calls.append(1))
+    logits = head(features)
+    assert isinstance(logits, Tensor)
+    head.predict(features, (65, 88))
+    assert not calls
+    assert head(features, return_aux=True)[1].keys() == {"coarse", "car_features"}
+    assert len(calls) == 1
+
+
+ABLATIONS = [
+    # Table 1: no upsampling or SFPN; Identity, ASPP, self-attention
+    {"context": None, "neck": None, "guided": False, "axial_heads": None},
+    {"context": "aspp", "neck": None, "guided": False, "axial_heads": None},
+    {"context": "self_attention", "neck": None, "guided": False, "axial_heads": None},
+    {"context": None, "neck": "sfpn", "guided": False, "axial_heads": None},
+    {"context": "aspp", "neck": "sfpn", "guided": False, "axial_heads": None},
+    {"context": "self_attention", "neck": "sfpn", "guided": False, "axial_heads": None},
+    # Table 2: guided, without and with axial attention
+    {"neck": "sfpn", "axial_heads": None},
+    {"neck": "sfpn"},
+    # Tables 3 and 4: U-SFPN
+    {},
+    {"context": None, "guided": False, "axial_heads": None},
+    {"guided": False, "axial_heads": None},
+    {"context": "aspp"},
+    {"class_bias": False},
+]
+
+
+@pytest.mark.parametrize("options", ABLATIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "paper")
+def test_ablations(options):
+    head = head_of(**options).train()
+    features = [x.requires_grad_() for x in features_of()]
+    target = target_of()
+    car = None if options.get("context", "") is None else CAR(CLASSES)
+    terms = head.losses(features, target, car=car)
+    guided = options.get("guided", True)
+    assert set(terms) == {"fine", *(["coarse"] if guided else []), *(["intra", "c2c", "c2p"] if car else [])}
+    size = SIZES[-1] if "neck" in options and options["neck"] is None else SIZES[0]
+    assert head(features).shape == (2, CLASSES, *size)
+    assert head.predict(features, (65, 88)).shape == (2, 65, 88)
+    children = {name for name, child in head.named_children() if child is not None}
+    assert ("axial" in children) == (options.get("axial_heads", 4) is not None)
+    assert ("encoder" in children) == (options.get("context", "") is not None)
+    assert (head.classifier.bias is not None) == options.get("class_bias", True)
+    if "neck" in children:
+        assert head.neck.laterals[0].conv.kernel_size == ((1, 1) if options.get("neck") == "sfpn" else (3, 3))
+        assert len(head.neck.laterals) == (4 if "encoder" not in children else 3)
+    # Without guidance one cross-entropy trains everything, the finest map among it; with it, nothing in front.
+    gradients = torch.autograd.grad(terms["fine"], (features[0], head.classifier.weight), allow_unused=True)
+    reached = [gradient is not None for gradient in gradients]
+    assert reached == ([False, False] if guided else ["neck" in children, True])
+
+
+def test_encoder_contexts_and_kernel_size():
+    x = features_of()[-1]
+    for context in ("self_attention", "aspp", None):
+        encoder = ContextAugmentedEncoder(7, channels=10, out_channels=8, qk_channels=3, context=context, kernel_size=3)
+        linear, features = encoder(x)
+        assert (linear.shape, features.shape) == ((2, 10, 3, 3), (2, 8, 3, 3))
+        assert encoder.leading[0].conv.kernel_size == (3, 3)
+    twin = TwinCAE(7, 10, 8, 3)
+    encoder.leading = ContextAugmentedEncoder(7, channels=10, out_channels=8, context=None).leading
+    twin.attention = _Zero()
+    twin.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(encoder(x), segops.nn.CAEOutput(*twin(x)))
+
+
+class _Zero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_model_is_backbone_head_and_car():
+    torch.manual_seed(0)
+    model = HFGD(MSCAN.variant("t", depths=(1, 1, 1, 1)), CLASSES, channels=8, context_channels=10, coarse_weight=0.4)
+    assert model.decode_head.in_channels == (32, 64, 160, 256)
+    assert model.decode_head.strides == (4, 8, 16, 32)
+    image, target = torch.randn(2, 3, 64, 96), target_of((64, 96))
+    losses = model(image, target)
+    terms = [losses[name] for name in ("fine", "coarse", "intra", "c2c", "c2p")]
+    torch.testing.assert_close(losses["loss"], sum(terms))
+    model.eval()
+    torch.testing.assert_close(model.loss(image, target), model(image, target)["loss"])
+    logits = model(image)
+    assert logits.shape == (2, CLASSES, 64, 96)
+    assert (model.predict(image) == logits.argmax(1)).double().mean() > 0.999
+    with segops.record() as log:
+        model(image, target)
+    names = {call.op for call in log}
+    assert {"axial_attention", "upsample_cross_entropy", "class_centers", "car_losses"} <= names
+
+
+def test_model_options():
+    options = {"in_channels": WIDTHS, "channels": 8, "context_channels": 10}
+    image = torch.randn(2, 3, 65, 88)
+    none = HFGD(Small(), CLASSES, car=False, ignore_index=3, **options)
+    assert none.car is None
+    assert set(none(image, target_of() % 256 % 4)) == {"loss", "fine", "coarse"}
+    own = CAR(CLASSES, weights=(2.0, 1.0, 1.0))
+    assert HFGD(Small(), CLASSES, car=own, **options).car is own
+    other = HFGD(Small(), CLASSES, car=own, ignore_index=3, **options)
+    with pytest.raises(ValueError, match="car must have the ignore_index of the cross-entropy, 3, got 255"):
+        other(image, target_of())
+    with pytest.raises(ValueError, match="in_channels must be given for a backbone without feature_info"):
+        HFGD(Small(), CLASSES)
+
+
+def test_no_labelled_pixel_is_no_loss():
+    head = head_of()
+    features = [x.requires_grad_() for x in features_of()]
+    loss = head.loss(features, torch.full((2, 65, 88), 255), car=CAR(CLASSES))
+    assert loss == 0
+    wanted = [*head.parameters(), features[-1]]
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    assert not any(gradient.any() for gradient in gradients if gradient is not None)
+
+
+def test_compiles_as_one_graph():
+    head = head_of(output_stride=2).eval()
+    compiled = torch.compile(head, backend="eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        features = features_of(batch)
+        torch.testing.assert_close(compiled(features), head(features))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"context": None}, "guided needs a context and a neck, got context=None"),
+        ({"neck": None, "axial_heads": None}, "guided needs a context and a neck"),
+        ({"neck": None, "guided": False}, "axial_heads needs a neck, got 4"),
+        ({"neck": "fpn"}, "neck must be one of 'usfpn', 'sfpn', got 'fpn'"),
+        ({"context": "ocr"}, "context must be one of 'self_attention', 'aspp', got 'ocr'"),
+        ({"axial_heads": 3}, "must be a multiple of num_heads=3, got 8"),
+        ({"output_stride": 8}, "output_stride must be strides"),
+        ({"strides": (4, 8, 16)}, "strides must have one entry per map"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_wrong_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        head_of(**options)
+
+
+def test_car_needs_an_encoder():
+    head = head_of(context=None, guided=False)
+    with pytest.raises(ValueError, match="car needs a head with a context"):
+        head.losses(features_of(), target_of(), car=CAR(CLASSES))
+    with pytest.raises(ValueError, match="car must have the ignore_index of the cross-entropy, 7, got 255"):
+        head_of().losses(features_of(), target_of(), car=CAR(CLASSES), ignore_index=7)

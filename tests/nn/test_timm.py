@@ -1,0 +1,45 @@
+"""HFGD on backbones of timm, the optional extra ``segops[models]``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from segops.nn import HFGD, SegmentationModel, SemanticFPN, UltraSemanticFPN
+
+
+@pytest.fixture(scope="module")
+def timm():
+    # torchvision's wheel, which timm imports, does not load beside a torch without CUDA: two of its ops are missing.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    if torch.version.cuda is None:
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+    return pytest.importorskip("timm", reason="timm is not installed")
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [("resnet18", (64, 128, 256, 512)), ("convnext_atto", (40, 80, 160, 320))],
+)
+def test_hfgd_on_timm(timm, name, widths):
+    """ResNet gives five maps, of which that at stride 2 is left out; ConvNeXt gives four."""
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, pretrained=False, features_only=True)
+    model = HFGD(backbone, 5, channels=8, context_channels=16, qk_channels=4)
+    assert isinstance(model, SegmentationModel)
+    assert model.decode_head.in_channels == widths
+    assert model.decode_head.strides == (4, 8, 16, 32)
+    image, target = torch.randn(2, 3, 65, 97), torch.randint(5, (2, 65, 97))
+    losses = model(image, target)
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.eval()(image).shape == (2, 5, 65, 97)
+    assert model.predict(image).shape == (2, 65, 97)
+
+
+@pytest.mark.parametrize("neck", [SemanticFPN, UltraSemanticFPN])
+def test_necks_on_timm(timm, neck):
+    backbone = timm.create_model("resnet18", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
+    module = neck(backbone.feature_info.channels(), channels=16, lateral_last=True)
+    assert module(backbone(torch.randn(2, 3, 65, 97))).shape == (2, 16, 17, 25)
