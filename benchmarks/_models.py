@@ -1,8 +1,8 @@
 """A whole model with segops' ops against its plain-PyTorch twin: time, and peak memory of a fresh process.
 
 Sides and memory formats are interleaved, minimum of the rounds; eager counts in its best format. Memory is the high
-water mark of a fresh process above its mark after a small call. A side that computes something else fails before anything
-is timed.
+water mark of a fresh process above its mark after a small call. A side that computes something else fails before
+anything is timed.
 """
 
 from __future__ import annotations
