@@ -1,33 +1,32 @@
 """SegNeXt with segops' ops against the same model in eager PyTorch: time and peak memory.
 
-python benchmarks/segnext.py                                        # T, 512x512: one image predicted, four in training
+python benchmarks/segnext.py                                        # T, 512x512: one image, four in training
 python benchmarks/segnext.py --variant b --machine xeon-2core       # and keep it in results/<machine>/segnext.json
 
 Eager is the plain-PyTorch twin that the tests hold segops.nn.SegNeXt to: same weights, same bases. Prediction gives
-labels of the image's size; training is a forward, the loss and its backward. How it is measured: see _sides.py.
+labels of the image's size, logits are of the decoder's size or (full_logits) of the image's; training is a forward, the
+loss and its backward.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _sides import FORMATS, ROOT, Call, measure, peak_of, table
+from _models import FORMATS, Call, Direction, run
 from torch import Tensor, nn
 
-import segops
 from segops.nn import SegNeXt
-
-sys.path.insert(0, str(ROOT))
-
 from tests.nn.segnext_twin import TwinHam, TwinMSCAN
 
-DIRECTIONS = {"prediction": 1, "training": 4}  # and the batch
+DIRECTIONS = {
+    "prediction": Direction(1, 1.15),
+    "logits": Direction(1, 1.15),
+    "full_logits": Direction(1, 1.15),
+    "training": Direction(4, 1.45),
+}
 CLASSES = 150
 
 
@@ -45,66 +44,51 @@ class Twin(nn.Module):
         self.load_state_dict(model.state_dict())
 
     def logits(self, image: Tensor) -> Tensor:
-        logits = self.decode_head(self.backbone(image)[1:], self.bases)
-        return F.interpolate(logits, image.shape[2:], mode="bilinear")
+        return self.decode_head(self.backbone(image)[1:], self.bases)
 
-    def forward(self, image: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(self.logits(image), target)}
+    def forward(self, image: Tensor, target: Tensor | None = None) -> Any:
+        logits = F.interpolate(self.logits(image), image.shape[2:], mode="bilinear")
+        return logits if target is None else {"loss": F.cross_entropy(logits, target)}
 
     def predict(self, image: Tensor) -> Tensor:
-        return self.logits(image).argmax(1)
+        return self(image).argmax(1)
 
 
-def call_of(variant: str, size: int, direction: str, side: str, layout: str) -> Call:
-    """Labels, or loss and gradients by name."""
+def call_of(args: argparse.Namespace, direction: str, side: str, layout: str) -> Call:
     torch.manual_seed(0)
-    model: Any = SegNeXt(variant, CLASSES, bases="fixed", drop_path_rate=0.0)
+    model: Any = SegNeXt(args.variant, CLASSES, bases="fixed", drop_path_rate=0.0)
     model.decode_head.dropout.p = 0.0
     model = (model if side == "segops" else Twin(model)).to(memory_format=FORMATS[layout])
-    batch = DIRECTIONS[direction]
+    batch = DIRECTIONS[direction].batch
     torch.manual_seed(1)  # the twin has drawn weights of its own
-    image = torch.randn(batch, 3, size, size).to(memory_format=FORMATS[layout])
-    target = torch.randint(CLASSES, (batch, size, size))
+    image = torch.randn(batch, 3, args.size, args.size).to(memory_format=FORMATS[layout])
+    target = torch.randint(CLASSES, (batch, args.size, args.size))
     parameters = dict(model.named_parameters())
 
-    def prediction() -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {"labels": model.predict(image)}
+    def logits() -> Tensor:
+        return model.decode_head(model.backbone(image)[1:]) if side == "segops" else model.logits(image)
 
     def training() -> dict[str, Tensor]:
         loss = model(image, target)["loss"]
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         return {"loss": loss.detach(), **dict(zip(parameters, gradients, strict=True))}
 
+    @torch.no_grad()
+    def evaluation() -> dict[str, Tensor]:
+        if direction == "prediction":
+            return {"labels": model.predict(image)}
+        return {"logits": model(image) if direction == "full_logits" else logits()}
+
     model.train(direction == "training")
-    return prediction if direction == "prediction" else training
+    return training if direction == "training" else evaluation
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--peak"]:
-        variant, size, *call = sys.argv[2:]
-        print(peak_of(call_of(variant, 64, *call), call_of(variant, int(size), *call)))
-        return
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--variant", choices=("t", "s", "b", "l"), default="t")
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--direction", choices=tuple(DIRECTIONS), action="append", help="default: both")
-    parser.add_argument("--machine", help="keep the numbers in results/MACHINE/segnext.json")
-    args = parser.parse_args()
-    wanted = args.direction or list(DIRECTIONS)
-    rows = []
-    for direction in wanted:
-        case = (args.variant, args.size, direction)
-        row = measure(partial(call_of, *case), args.rounds, lambda side, layout, case=case: (*case, side, layout))
-        rows.append({"direction": direction, "batch": DIRECTIONS[direction], **row})
-    title = f"SegNeXt-{args.variant.upper()}, {args.size}x{args.size}"
-    print(table(title, rows, lambda row: f"{row['direction']}, batch {row['batch']}"))
-    if args.machine:
-        out = ROOT / "benchmarks" / "results" / args.machine / "segnext.json"
-        about = {"variant": args.variant, "size": args.size, "threads": torch.get_num_threads(), "rows": rows,
-                 "versions": {"segops": segops.__version__, "torch": torch.__version__}}  # fmt: skip
-        out.write_text(json.dumps(about, indent=1) + "\n")
+    title = "SegNeXt-{0.variant}, {0.size}x{0.size}, {1} classes"
+    run(parser, __file__, DIRECTIONS, lambda args: title.format(args, CLASSES), call_of, small=64)
 
 
 if __name__ == "__main__":
