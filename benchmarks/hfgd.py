@@ -1,4 +1,4 @@
-"""HFGD's head on the maps that ResNet-50 makes of an image against the same head in eager PyTorch: time and peak memory.
+"""HFGD's head on the maps that ResNet-50 makes of an image, against its plain-PyTorch twin: time and peak memory.
 
 python benchmarks/hfgd.py                                       # OS 4, 150 classes, two images of 513x513
 python benchmarks/hfgd.py --classes 59 --machine xeon-2core     # and keep it in results/<machine>/hfgd.json
