@@ -223,7 +223,33 @@ def _strips_cases() -> Iterator[tuple[str, Instance, dict[str, int]]]:
             yield f"multi_scale_strip_conv/cuda/{full}/{dtype}/{layout}", (kernel, STORED[dtype]), launch
 
 
+# class_centers: sums of 8 x 512 x 64 x 64 by 150 classes; kernel and element type.
+
+_CLASSES = re.compile(r"\d(partial|sum|backward)_kernelI(?:NS\d*_6(Bits16)E|(f)|(d))E")
+
+
+def _classes_instance(name: str) -> Instance:
+    kernel, *stored = _CLASSES.search(name).groups()
+    return kernel, next(filter(None, stored))
+
+
+def _classes_cases() -> Iterator[tuple[str, Instance, dict[str, int]]]:
+    for (dtype, torch_dtype), (layout, memory_format) in itertools.product(DTYPES.items(), LAYOUTS.items()):
+        x = torch.empty(8, 512, 64, 64, dtype=torch_dtype, memory_format=memory_format)
+        labels = torch.empty(8, 64, 64, dtype=torch.uint8)
+        sums = torch.empty(150, 512, dtype=torch.float64 if dtype == "fp64" else torch.float32)
+        counts = torch.empty(150, dtype=torch.int64)
+        forward, backward = (sums, counts, x, labels, 255), (x, sums, labels, 255)
+        launches = _launches(lambda ops, args=forward: ops.class_centers(*args), 2)
+        launches += _launches(lambda ops, args=backward: ops.class_centers_backward(*args), 1)
+        for kernel, full, launch in zip(
+            ("partial", "sum", "backward"), ("forward", "forward_sum", "backward"), launches, strict=True
+        ):
+            yield f"class_centers/cuda/{full}/{dtype}/{layout}/k150", (kernel, STORED[dtype]), launch
+
+
 AUDITED = {
+    "class_centers": Audited(_classes_instance, _classes_cases, lambda instrs: _sass().hot_loop(instrs)),
     "dupsample": Audited(_rearrange_instance, _rearrange_cases, lambda instrs: _sass().hot_loop(instrs)),
     "local_attention": Audited(_attention_instance, _attention_cases, _products),
     "multi_scale_strip_conv": Audited(_strips_instance, _strips_cases, _products),

@@ -198,9 +198,8 @@ def _backward_query(
             )
             weight = tl.where((j < length)[None, :], tl.exp2(s * (SCALE * _LOG2E) - log_total[:, None]), 0.0)
             inner += tl.sum(weight * e, 1)
-    if DELTA != "given":
-        if piece == 0:
-            tl.store(delta_at, inner, mask=i < length)
+    if DELTA != "given":  # every slice writes the same
+        tl.store(delta_at, inner, mask=i < length)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
     for start in range(0, length, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
@@ -358,11 +357,10 @@ def _plan_backward(
     ]
 
 
-def _plan(
-    kernel: Any, axis: str, maps: dict[str, Tensor | None], num_heads: int, scale: float, **modes: Any
-) -> Launch:
+def _plan(kernel: Any, axis: str, maps: dict[str, Tensor | None], num_heads: int, scale: float, **modes: Any) -> Launch:
     query, value = maps["query"], maps["value"]
-    assert query is not None and value is not None
+    assert query is not None
+    assert value is not None
     n, _, height, width = query.shape
     lines, length = (width, height) if axis == "h" else (height, width)
     d, d_v = query.shape[1] // num_heads, value.shape[1] // num_heads
@@ -411,7 +409,13 @@ def configuration(kernel: Any, d: int, d_v: int, itemsize: int, length: int) -> 
     rows = {2: 64, 4: 32, 8: 16}[itemsize]
     block_d, block_v = (min(max(triton.next_power_of_2(width), 16), widest) for width in (d, d_v))
     rows = min(rows, max(triton.next_power_of_2(length), 16))
-    return {"BLOCK_Q": rows, "BLOCK_K": rows, "BLOCK_D": block_d, "BLOCK_V": block_v, "num_warps": 8 if block_v > 64 else 4}
+    return {
+        "BLOCK_Q": rows,
+        "BLOCK_K": rows,
+        "BLOCK_D": block_d,
+        "BLOCK_V": block_v,
+        "num_warps": 8 if block_v > 64 else 4,
+    }
 
 
 def aot_cases() -> list[tuple[str, Launch]]:

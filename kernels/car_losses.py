@@ -9,8 +9,7 @@ Layout: features [N, C, h, w] and labels [N, h, w], any strides; centers and dS 
 
 A program owns some pixels of an image, and holds E for up to 256 classes; of more it computes them again, forward once
 and backward for each block of channels. Centres are float32: beside bfloat16 features they come as sums of bfloat16
-numbers, three of which hold them in full, so that tensor cores multiply; float16 has not the range, and its features are
-widened.
+numbers, three of which hold them in full, so that tensor cores multiply. float16 has not the range: it is widened.
 """
 
 from __future__ import annotations
@@ -250,7 +249,7 @@ def _parts_of(scaled: Tensor, count: int) -> Tensor:
 def _common(
     features: Tensor, labels: Tensor, centers: Tensor, ignore_index: int, c2p_threshold: float, parts: int
 ) -> dict[str, Any]:
-    n, c, height, width = features.shape
+    _, c, height, width = features.shape
     classes = centers.shape[-2]
     half, small = features.dtype == torch.bfloat16, features.dtype == torch.float64
     scaled = centers * c**-0.5
@@ -273,7 +272,7 @@ def _common(
         "C": c,
         "BLOCK_K": min(max(triton.next_power_of_2(classes), 16), 16 if small else 256),
         "BLOCK_P": block_p,
-        "BLOCK_C": min(max(triton.next_power_of_2(c), 16), 64 if half else 16),
+        "BLOCK_C": min(max(triton.next_power_of_2(c), 16), 32 if half else 16),
         "PARTS": parts if half else 1,
         "FLAT": flat(features),
         "WIDE": wide(features, labels),

@@ -47,7 +47,7 @@ def _forward(
         columns = (c.to(tl.int64) if WIDE else c) * x_strides[1]
         tile = tl.load(x + rows[:, None] + columns[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
         hot = label[None, :] == k[:, None]
-        acc = dot(hot.to(tile.dtype), tile, acc, INTERPRET)
+        acc = dot(hot.to(tl.float32).to(tile.dtype), tile, acc, INTERPRET)
         number += tl.sum(hot.to(tl.int32), 1)
     row = part.to(tl.int64) * K + k
     tl.store(sums + row[:, None] * C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])

@@ -17,6 +17,7 @@ LAYERS = (
 )  # fmt: skip
 # Layers that an op does without, each with its reason.
 ABSENT: dict[tuple[str, str], str] = {
+    ("axial_attention", "csrc/cuda/{}.cu"): "matrix products want tensor cores, which are Triton's",
     ("dupsample_cross_entropy", "csrc/cuda/{}.cu"): "matrix products want tensor cores, which are Triton's",
     ("dupsample_argmax", "csrc/cuda/{}.cu"): "a matrix product wants tensor cores, which are Triton's",
     ("upsample_cross_entropy", "csrc/cuda/{}.cu"): "no halo and no gather: nothing that Triton does badly",

@@ -125,20 +125,23 @@ void product(const Panels& rows, const A* panels, int64_t depth, const A* b, int
   });
 }
 
-// out[rows][columns] += sum over `width` queries of scores[rows][tile] * b[tile][columns].
+// out[rows][columns] += sum over `count` queries of scores[rows] * b[columns]: scores in tiles of [rows][tile], b
+// [queries][columns]. Sums stay in the nearest cache from tile to tile.
 template <typename A>
-void outer_product(const Panels& rows, const A* scores, int64_t width, const A* b, int64_t columns, A* out,
+void outer_product(const Panels& rows, const A* scores, int64_t count, const A* b, int64_t columns, A* out,
                    int64_t out_step) {
   constexpr int64_t L = Simd<A>::lanes;
   with_width(rows.width, [&]<int W>() {
     for (int64_t x = 0; x < columns; x += 2 * L)
       for (int64_t part = 0; part < rows.parts; ++part) {
-        const A* from = scores + part * W * tile;
         A* to = out + part * W * out_step + x;
-        if (x + L < columns)
-          multiply<A, W, 2, tile>(from, 1, b + x, columns, width, to, out_step, true);
-        else
-          multiply<A, W, 1, tile>(from, 1, b + x, columns, width, to, out_step, true);
+        for (int64_t first = 0; first < count; first += tile) {
+          const A *from = scores + (first * rows.parts + part * tile) * W, *right = b + first * columns + x;
+          if (x + L < columns)
+            multiply<A, W, 2, tile>(from, 1, right, columns, least(count - first, tile), to, out_step, true);
+          else
+            multiply<A, W, 1, tile>(from, 1, right, columns, least(count - first, tile), to, out_step, true);
+        }
       }
   });
 }
@@ -567,12 +570,14 @@ struct Worker {
     }
   }
 
-  void grad_query_key(int64_t line, int64_t x, int64_t width, const A* e, A* to, int64_t step) {
+  void grad_queries(int64_t line, int64_t x, int64_t width, const A* e) {
     product(narrow_rows, k_rows + line * narrow_rows.rows() * p.length, p.length, e, tile, width, mixed, false);
     for (int64_t c = 0; c < d; ++c)
       for (int64_t i = 0; i < width; i += L)
         store(out + (line * d + c) * row + x + i, load(mixed + c * tile + i) * A(p.scale));
-    outer_product(keys, e, width, q_rows + (line * cells + x) * d_row, d_row, to, step);
+  }
+  void grad_keys(int64_t line, int64_t x, int64_t count, const A* e, A* to) {
+    outer_product(keys, e, count, q_rows + (line * cells + x) * d_row, d_row, to, d_row);
   }
 
   // A chunk of grad_out, and the part of delta that goes through it.
@@ -606,7 +611,9 @@ struct Worker {
     }
   }
 
-  static int64_t partial_rows(const Pass& p) { return Panels(p.length).rows() * (round_up(p.d, L) + round_up(p.dv, L)); }
+  static int64_t partial_rows(const Pass& p) {
+    return Panels(p.length).rows() * (round_up(p.d, L) + spread(round_up(p.dv, L)));
+  }
   A* partial(const Task& t, int64_t line, int64_t piece) const {
     const int64_t index = ((t.n * p.heads + t.head) * p.lines + t.line + line) * p.pieces + piece;
     return static_cast<A*>(p.partial) + index * partial_rows(p);
@@ -614,7 +621,7 @@ struct Worker {
 
   void backward(const Task& t) {
     const bool whole = p.whole();
-    const int64_t piece = t.first / p.piece_length(), v_row = round_up(p.dv, L);
+    const int64_t piece = t.first / p.piece_length(), v_row = spread(round_up(p.dv, L));
     const auto key_sums = [&](int64_t line) { return whole ? dk + line * keys.rows() * d_row : partial(t, line, piece); };
     const auto value_sums = [&](int64_t line, int64_t channel) {
       return whole ? dv + line * keys.rows() * c_row : partial(t, line, piece) + keys.rows() * d_row + channel;
@@ -635,19 +642,25 @@ struct Worker {
         if (chunked()) fetch_value(t, channel, channels, true);
         fetch_grad(t, channel, channels, first, count);
         if (whole) zero(dv, p.group() * keys.rows() * c_row);
-        for (int64_t line = 0; line < t.lines; ++line)
+        for (int64_t line = 0; line < t.lines; ++line) {
+          A* values = value_sums(line, channel);
+          const A* upstream = g_rows + line * cells * c_row;
           for (int64_t x = 0; x < count; x += tile) {
             A *s = scores + scores_at(line, x), *e = grads + scores_at(line, x);
             const int64_t width = width_of(count - x);
             if (!channel) score(line, x, width, first, s), weigh(line, x, width, s);
             product(keys, v + line * keys.rows() * chunk, channels, g + line * chunk * row + x, row, width, e,
                     channel > 0);
-            outer_product(keys, s, width, g_rows + line * cells * c_row + x * step, step, value_sums(line, channel),
-                          value_step(channels));
             if (chunked()) continue;
+            outer_product(keys, s, width, upstream + x * step, step, values, value_step(channels));
             differentiate(line, x, width, s, e);
-            grad_query_key(line, x, width, e, key_sums(line), d_row);
+            grad_queries(line, x, width, e);
+            grad_keys(line, x, width, e, key_sums(line));
           }
+          if (chunked())
+            outer_product(keys, scores + scores_at(line, 0), round_up(count, L), upstream, step, values,
+                          value_step(channels));
+        }
         if (whole)
           give_rows(p.grad_value, t, p.dv, channel, channels, dv, step, keys.rows() * c_row, p.add_value);
       }
@@ -655,12 +668,14 @@ struct Worker {
         for (int64_t line = 0; line < t.lines; ++line)
           for (int64_t x = 0; x < count; ++x) *delta_at(t, line, first + x) = factor[line * row + x];
       if (chunked())
-        for (int64_t line = 0; line < t.lines; ++line)
+        for (int64_t line = 0; line < t.lines; ++line) {
           for (int64_t x = 0; x < count; x += tile) {
             A* e = grads + scores_at(line, x);
             differentiate(line, x, width_of(count - x), scores + scores_at(line, x), e);
-            grad_query_key(line, x, width_of(count - x), e, key_sums(line), d_row);
+            grad_queries(line, x, width_of(count - x), e);
           }
+          grad_keys(line, 0, round_up(count, L), grads + scores_at(line, 0), key_sums(line));
+        }
       if (p.add)
         fetch<true, false>(p.grad_query, t, d, 0, d, first, count, A(1), [&](int64_t line, A* old, A*) {
           for (int64_t c = 0; c < d; ++c)
@@ -682,7 +697,7 @@ struct Worker {
     give_rows(p.grad_key, t, d, 0, d, sums, d_row, 0, p.add);
     for (int64_t channel = 0; channel < p.dv; channel += chunk)
       give_rows(p.grad_value, t, p.dv, channel, least(chunk, p.dv - channel), sums + keys.rows() * d_row + channel,
-                round_up(p.dv, L), 0, p.add_value);
+                spread(round_up(p.dv, L)), 0, p.add_value);
   }
 };
 

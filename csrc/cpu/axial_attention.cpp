@@ -73,7 +73,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t cache = 3 << 19;   // bytes that packed lines may take: a core's own cache
 constexpr int64_t room = 7 << 20;    // the same of lines that share pages, which cost more to find than to read
-constexpr int64_t held = 4 << 20;    // bytes that the scores of a round may take
+constexpr int64_t held = 8 << 20;    // bytes that the scores of a round may take
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -85,7 +85,7 @@ void plan(Pass& p, bool backward, std::initializer_list<Map> maps) {
   for (const Map& map : maps) interleaved |= map.interleaved();
   const auto bytes = [&](int64_t chunk) {  // of a packed line
     return p.length * size * (backward ? 6 * (p.d + chunk) : 2 * p.d + 3 * chunk) +
-           (chunk < p.dv ? smaller(p.length * p.length * size * passes, held / 4) : 0);
+           (chunk < p.dv ? smaller(p.length * p.length * size * passes, held / 8) : 0);
   };
   p.chunk = p.dv;
   while (p.chunk > 128 && bytes(p.chunk) * (interleaved ? 16 : 1) > cache)

@@ -82,27 +82,28 @@ class CAR(nn.Module):
             labels: [N, H, W], integers, H >= h and W >= w.
         """
         sync = dist.is_available() and dist.is_initialized() if self.sync == "auto" else self.sync
-        settings = {"ignore_index": self.ignore_index, "per_image": self.per_image, "sync": sync}
         losses = car_losses(
             features,
             labels,
             self.num_classes,
-            centers=self._moving_centers(features, labels, settings),
+            centers=self._moving_centers(features, labels, sync),
+            ignore_index=self.ignore_index,
             c2c_threshold=self.c2c_threshold,
             c2p_threshold=self.c2p_threshold,
+            per_image=self.per_image,
             mask_ignored_c2p=self.mask_ignored_c2p,
-            **settings,
+            sync=sync,
         )
         return CARLosses(*(weight * loss for weight, loss in zip(self.weights, losses, strict=True)))
 
     @torch.no_grad()
-    def _moving_centers(self, features: Tensor, labels: Tensor, settings: dict[str, Any]) -> Tensor | None:
+    def _moving_centers(self, features: Tensor, labels: Tensor, sync: Any) -> Tensor | None:
         if self.centers is None or self.center_momentum is None:
             return None
         check_map(type(self).__name__, "features", features, self.centers.shape[1])
         if not self.training:
             return self.centers
-        mean, counts = class_centers(features, labels, self.num_classes, **settings)
+        mean, counts = class_centers(features, labels, self.num_classes, ignore_index=self.ignore_index, sync=sync)
         moved = self.centers.lerp(mean.to(self.centers.dtype), 1 - self.center_momentum)
         moved = torch.where(counts.unsqueeze(1) > 0, moved, self.centers)
         self.centers.copy_(moved)

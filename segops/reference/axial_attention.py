@@ -62,20 +62,21 @@ def _sample(name: str, shape: tuple[int, int, int, int], d_v: int = 0, tiny: boo
 
 def sample_inputs() -> list[Sample]:
     """Edges first: one pixel, primes, lines of one pixel, one past every block, widths that differ, one long line."""
-    both, width, height = ("height", "width"), ("width",), ("height",)
+    width, height = ("width",), ("height",)
     return [
-        _sample("one_pixel", (2, 6, 1, 1), tiny=True, num_heads=3, scale=0.7),
-        _sample("prime_sizes", (2, 6, 5, 7), tiny=True, num_heads=2, scale=0.6),
-        _sample("width_first", (1, 4, 3, 5), d_v=3, tiny=True, num_heads=2, order=("width", "height")),
-        _sample("sum", (1, 4, 6, 5), d_v=1, tiny=True, num_heads=2, combine="sum", scale=0.8),
-        _sample("joint", (2, 4, 4, 6), d_v=5, tiny=True, num_heads=2, combine="joint"),
-        _sample("joint_one_row", (1, 3, 1, 5), d_v=2, tiny=True, combine="joint", scale=0.9),
-        _sample("joint_one_pixel", (1, 2, 1, 1), tiny=True, combine="joint"),
-        _sample("height_only", (1, 3, 7, 2), d_v=4, tiny=True, order=height),
-        _sample("width_only", (2, 2, 2, 7), d_v=3, tiny=True, order=width, combine="sum"),
-        _sample("one_past_vectors", (1, 34, 33, 17), d_v=17, num_heads=2, order=both),
+        _sample("one_pixel", (1, 4, 1, 1), tiny=True, num_heads=2, scale=0.7),
+        _sample("one_head", (1, 3, 2, 3), d_v=2, tiny=True, scale=0.6),
+        _sample("prime_sizes", (2, 4, 3, 5), tiny=True, num_heads=2),
+        _sample("width_first", (1, 4, 3, 2), d_v=3, tiny=True, num_heads=2, order=("width", "height"), scale=0.8),
+        _sample("sum", (1, 4, 3, 4), d_v=1, tiny=True, num_heads=2, combine="sum", scale=0.8),
+        _sample("joint", (2, 3, 3, 4), d_v=5, tiny=True, combine="joint"),
+        _sample("joint_one_row", (1, 4, 1, 5), d_v=2, tiny=True, num_heads=2, combine="joint", scale=0.9),
+        _sample("height_past_blocks", (1, 3, 35, 1), d_v=4, tiny=True, order=height),
+        _sample("width_past_blocks", (1, 33, 1, 34), d_v=37, tiny=True, order=width, combine="sum", scale=0.4),
+        _sample("one_past_vectors", (1, 34, 33, 17), d_v=17, num_heads=2),
         _sample("one_past_blocks", (1, 32, 65, 129), num_heads=2),
-        _sample("joint_wide_values", (1, 24, 19, 35), d_v=70, combine="joint", scale=0.3),
+        _sample("joint_wide_values", (1, 24, 19, 35), d_v=150, combine="joint", scale=0.3),
         _sample("sum_width_first", (2, 48, 13, 23), num_heads=3, combine="sum", order=("width", "height")),
-        _sample("one_long_row", (1, 16, 1, 1031), d_v=40, order=width, scale=0.4),
+        _sample("one_long_row", (1, 16, 1, 1031), d_v=140, order=width, scale=0.4),
+        _sample("long_rows", (1, 8, 2, 530), d_v=9, scale=0.4),
     ]

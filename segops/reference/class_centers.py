@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._losses import check_labels, counted
-from ._sample import Labels, Sample, Shape
+from ._sample import Labels, Sample, Shape, Spec
 
 __all__ = ["class_centers", "nearest", "sample_inputs"]
 
@@ -44,7 +44,7 @@ def nearest(labels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _sample(name: str, shape: Shape, labels: Labels, tiny: bool = True, **kwargs) -> Sample:
-    shapes = {"features": shape, "labels": labels}
+    shapes: dict[str, Spec] = {"features": shape, "labels": labels}
     return Sample(name, shapes, {"num_classes": labels.classes, **kwargs}, tiny, differentiable=("features",))
 
 

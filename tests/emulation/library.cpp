@@ -92,6 +92,8 @@ STABLE_TORCH_LIBRARY(segops_emulated, m) {
   SEGOPS_DEF(m, local_attention_backward);
   SEGOPS_DEF(m, multi_scale_strip_conv);
   SEGOPS_DEF(m, multi_scale_strip_conv_backward);
+  SEGOPS_DEF(m, class_centers);
+  SEGOPS_DEF(m, class_centers_backward);
   SEGOPS_DEF(m, schedule);
   SEGOPS_DEF(m, drop_barrier);
   SEGOPS_DEF(m, dry_run);

@@ -101,6 +101,20 @@ def strips(ops, shape, kernel_size, lengths, dtype=torch.float32, layout="contig
     return [out, *gradients]
 
 
+def sums_by_class(ops, shape, classes, per_image, dtype=torch.float32, layout="contiguous"):
+    """Sums and counts of ``class_centers``, and the gradient of its backward, on fixed random inputs."""
+    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=memory_format)
+    labels = torch.randint(classes + 1, (shape[0], *shape[2:]), generator=generator, dtype=torch.int16)
+    groups = (shape[0], classes) if per_image else (classes,)
+    sums = torch.full((*groups, shape[1]), torch.nan, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    counts, grad = torch.full(groups, -1), torch.full_like(x, torch.nan)
+    ops.class_centers(sums, counts, x, labels, 255)
+    ops.class_centers_backward(grad, sums, labels, 255)
+    return [sums, counts, grad]
+
+
 # Between them: several tiles per axis, 1 to 16 threads per strip, windows in one and in several blocks, each border.
 CALLS = {
     "several_tiles": (local_attention, (1, 16, 30, 61), (5, 5), (1, 1), 1, "zero", torch.bfloat16, "channels_last"),
@@ -112,12 +126,16 @@ CALLS = {
     "pixels_fastest": (rearrange, (1, 3, 15), 8, (24, 113), 3, torch.bfloat16, "contiguous", -0.7),
     "classes_fastest": (rearrange, (2, 4, 8), 4, (14, 32), 21, torch.float32, "channels_last"),
     "odd_strides": (rearrange, (1, 5, 7), 3, (14, 20), 5, torch.float64, "contiguous", 2.0),
+    "classes_of_images": (sums_by_class, (2, 67, 7, 11), 5, True, torch.float32, "contiguous"),
+    "classes_in_spans": (sums_by_class, (2, 6, 33, 35), 300, False, torch.bfloat16, "channels_last"),
+    "classes_in_float64": (sums_by_class, (1, 3, 5, 8), 140, False, torch.float64, "contiguous"),
     "strips_in_tiles": (strips, (1, 2, 21, 70), (5, 5), (7, 11), torch.float32, "contiguous"),
     "strips_of_one_tile": (strips, (2, 3, 7, 9), (3, 5), (3, 5, 9), torch.bfloat16, "channels_last"),
 }
 # Those whose kernels every barrier is taken out of.
 WITHOUT_BARRIER = {
     "local_attention": ("pushed_windows", "several_tiles"),
+    "class_centers": ("classes_of_images", "classes_in_spans"),
     "dupsample": ("pixels_fastest", "classes_fastest"),
     "multi_scale_strip_conv": ("strips_of_one_tile", "strips_in_tiles"),
 }

@@ -274,6 +274,28 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(compiled(features), head(features))
 
 
+def test_exports():
+    head, features = head_of().eval(), features_of()
+    exported = torch.export.export(head, (features,)).module()
+    torch.testing.assert_close(exported(features), head(features))
+
+
+def test_autocast_and_bfloat16():
+    """Losses are float32 and near those of float32; gradients are finite."""
+    head, features, target = head_of(), features_of(), target_of()
+    expected = head.losses(features, target, car=CAR(CLASSES))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = head.losses(features, target, car=CAR(CLASSES))
+        assert head(features).dtype == torch.bfloat16
+    low = head.to(torch.bfloat16).losses([x.bfloat16() for x in features], target, car=CAR(CLASSES))
+    for terms in (mixed, low):
+        for name in ("fine", "coarse", "intra"):
+            assert terms[name].dtype == torch.float32
+            torch.testing.assert_close(terms[name], expected[name], rtol=0.02, atol=0)
+    sum(low.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -14,7 +14,7 @@ from .test_class_centers import classes_of, normal
 
 
 def by_hand(x, y, classes, weights, *, per_image=False, mask=False, c2c_threshold=0.5, c2p_threshold=0.25):
-    """The losses, and the gradient of their weighted sum, from one-hot labels and the closed forms of the derivatives."""
+    """The losses, and the gradient of their weighted sum, from one-hot labels and the derivatives' closed forms."""
     n, c, h, w = x.shape
     x = x.double().flatten(2).mT  # [N, P, C]
     hot = F.one_hot(y.long().flatten(1).where(y.flatten(1) != 255, classes), classes + 1)[..., :classes].double()
