@@ -232,7 +232,8 @@ def profile(size: tuple[int, int], variant: str, classes: int, **options) -> Pro
         image = torch.empty(1, 3, *size)
         with torch.no_grad(), FlopCounterMode(display=False) as products, Elementwise() as elementwise:
             model(image)
-    matrix = products.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    counts = products.get_flop_counts()["Global"]
+    matrix = sum(counts.get(op, 0) for op in (torch.ops.aten.bmm, torch.ops.segops.axial_attention))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Profile(parameters / 1e6, products.get_total_flops() / 2e9, matrix / 2e9, elementwise.total / 1e9)
 

@@ -13,8 +13,8 @@ strides, read in place: a line is a column or a row, and its pixels are the rows
 A program has a block of queries (or keys) of one line and one head, and walks the line's keys (queries) with a running
 softmax; values wider than a block go to several programs, which compute the same scores. Composed, the second axis runs
 on the first one's result. Joint, the row's launch merges the column's result and log-sum-exp with its own. Every
-element is written by one program: no atomics. Where the result of one axis alone is not known (sum), delta takes a
-sweep of its own.
+element is written by one program: no atomics. Where the result of one axis alone is not known (sum), or not well
+enough (float16), delta takes a sweep of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ._launch import Launch
 __all__ = ["aot_cases", "backward", "forward"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-3.0e38)
+_LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit
@@ -95,12 +95,12 @@ def _products(
 @triton.jit
 def _store(
     start, strides, pixel, length, first, tile, ADD: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     pointers, mask = _at(start, strides, pixel, length, first, WIDTH, BLOCK, WIDE)
     if ADD:
         tile += tl.load(pointers, mask=mask, other=0.0).to(tile.dtype)
-    tl.store(pointers, tile.to(start.dtype.element_ty), mask=mask)
+    tl.store(pointers, rounded(tile, start.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @triton.jit
@@ -127,19 +127,20 @@ def _forward(
         seen = (j < length)[None, :]
         if SKIP:
             seen = seen & (i[:, None] != j[None, :])
-        s = tl.where(seen, s * (SCALE * _LOG2E), -float("inf"))
+        s = tl.where(seen, s * SCALE, -float("inf"))
         highest = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - highest)
-        weight = tl.exp2(s - highest[:, None])
+        shrink = tl.exp2((top - highest) * _LOG2E)
+        weight = tl.exp2((s - highest[:, None]) * _LOG2E)
         total = total * shrink + tl.sum(weight, 1)
         v_tile = _load(v, value_strides, j, length, piece * BLOCK_V, D_V, BLOCK_V, WIDE)
         acc = dot(rounded(weight, v_tile.dtype, INTERPRET), v_tile, acc * shrink[:, None], INTERPRET)
         top = highest
     if SKIP:  # a column of one pixel has no other
-        log_total = tl.where(total == 0, _LOWEST, (top + tl.log2(tl.where(total == 0, 1.0, total))) / _LOG2E)
-        total = tl.where(total == 0, 1.0, total)
+        alone = total == 0
+        total = tl.where(alone, 1.0, total)
+        log_total = tl.where(alone, _LOWEST, top + tl.log(total))
     else:
-        log_total = (top + tl.log2(total)) / _LOG2E
+        log_total = top + tl.log(total)
     result = acc / total[:, None]
     to = _line(out, out_strides, image, head, line, D_V)
     if before is not None:
@@ -151,7 +152,7 @@ def _forward(
         held = tl.load(pointers, mask=mask, other=0.0).to(ACC)
         result = result * tl.exp(log_total - both)[:, None] + held * tl.exp(old - both)[:, None]
         log_total = both
-    _store(to, out_strides, i, length, piece * BLOCK_V, result, ADD, D_V, BLOCK_V, WIDE)
+    _store(to, out_strides, i, length, piece * BLOCK_V, result, ADD, D_V, BLOCK_V, WIDE, INTERPRET)
     if piece == 0:
         at = _line(lse, lse_strides, image, head, line, 1) + i * lse_strides[3]
         tl.store(at, log_total, mask=i < length)
@@ -175,7 +176,7 @@ def _backward_query(
     q_tile = _load(q, query_strides, i, length, 0, D, BLOCK_D, WIDE)
     g_tile = _load(g, grad_out_strides, i, length, 0, D_V, BLOCK_V, WIDE)
     at = _line(lse, lse_strides, image, head, line, 1) + i * lse_strides[3]
-    log_total = tl.load(at, mask=i < length, other=0.0) * _LOG2E
+    log_total = tl.load(at, mask=i < length, other=0.0)
     inner = tl.zeros([BLOCK_Q], ACC)
     delta_at = _line(delta, delta_strides, image, head, line, 1) + i * delta_strides[3]
     if DELTA == "given":
@@ -186,6 +187,7 @@ def _backward_query(
             o_tile = _load(o, out_strides, i, length, first, D_V, BLOCK_V, WIDE).to(ACC)
             inner += tl.sum(o_tile * _load(g, grad_out_strides, i, length, first, D_V, BLOCK_V, WIDE).to(ACC), 1)
     else:
+        total = tl.zeros([BLOCK_Q], ACC)
         for start in range(0, length, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)
             k_tile = _load(k, key_strides, j, length, 0, D, BLOCK_D, WIDE)
@@ -196,8 +198,10 @@ def _backward_query(
             e = _products(
                 g, g_tile, grad_out_strides, i, v, v_tile, value_strides, j, length, D_V, BLOCK_V, WIDE, ACC, INTERPRET
             )
-            weight = tl.where((j < length)[None, :], tl.exp2(s * (SCALE * _LOG2E) - log_total[:, None]), 0.0)
+            weight = tl.where((j < length)[None, :], tl.exp2((s * SCALE - log_total[:, None]) * _LOG2E), 0.0)
             inner += tl.sum(weight * e, 1)
+            total += tl.sum(weight, 1)
+        inner = inner / total  # 1 but for the rounding of the log-sum-exp, which would not cancel
     if DELTA != "given":  # every slice writes the same
         tl.store(delta_at, inner, mask=i < length)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
@@ -212,13 +216,13 @@ def _backward_query(
         seen = (j < length)[None, :]
         if SKIP:
             seen = seen & (i[:, None] != j[None, :])
-        weight = tl.where(seen, tl.exp2(s * (SCALE * _LOG2E) - log_total[:, None]), 0.0)
+        weight = tl.where(seen, tl.exp2((s * SCALE - log_total[:, None]) * _LOG2E), 0.0)
         e = weight * (e - inner[:, None])
         if D > BLOCK_D:
             k_tile = _load(k, key_strides, j, length, piece * BLOCK_D, D, BLOCK_D, WIDE)
         acc = dot(rounded(e, k_tile.dtype, INTERPRET), k_tile, acc, INTERPRET)
     to = _line(grad_query, grad_query_strides, image, head, line, D)
-    _store(to, grad_query_strides, i, length, piece * BLOCK_D, acc * SCALE, ADD, D, BLOCK_D, WIDE)
+    _store(to, grad_query_strides, i, length, piece * BLOCK_D, acc * SCALE, ADD, D, BLOCK_D, WIDE, INTERPRET)
 
 
 @triton.jit
@@ -250,12 +254,12 @@ def _backward_key_value(
         e = _products(
             v, v_tile, value_strides, j, g, g_tile, grad_out_strides, i, length, D_V, BLOCK_V, WIDE, ACC, INTERPRET
         )
-        log_total = tl.load(log_totals + i * lse_strides[3], mask=i < length, other=0.0) * _LOG2E
+        log_total = tl.load(log_totals + i * lse_strides[3], mask=i < length, other=0.0)
         inner = tl.load(deltas + i * delta_strides[3], mask=i < length, other=0.0)
         seen = (i < length)[None, :]
         if SKIP:
             seen = seen & (i[None, :] != j[:, None])
-        weight = tl.where(seen, tl.exp2(s * (SCALE * _LOG2E) - log_total[None, :]), 0.0)
+        weight = tl.where(seen, tl.exp2((s * SCALE - log_total[None, :]) * _LOG2E), 0.0)
         if D_V > BLOCK_V:
             g_tile = _load(g, grad_out_strides, i, length, piece * BLOCK_V, D_V, BLOCK_V, WIDE)
         to_value = dot(rounded(weight, g_tile.dtype, INTERPRET), g_tile, to_value, INTERPRET)
@@ -264,9 +268,9 @@ def _backward_key_value(
         e = weight * (e - inner[None, :])
         to_key = dot(rounded(e, q_tile.dtype, INTERPRET), q_tile, to_key, INTERPRET)
     to = _line(grad_value, grad_value_strides, image, head, line, D_V)
-    _store(to, grad_value_strides, j, length, piece * BLOCK_V, to_value, ADD_VALUE, D_V, BLOCK_V, WIDE)
+    _store(to, grad_value_strides, j, length, piece * BLOCK_V, to_value, ADD_VALUE, D_V, BLOCK_V, WIDE, INTERPRET)
     to = _line(grad_key, grad_key_strides, image, head, line, D)
-    _store(to, grad_key_strides, j, length, piece * BLOCK_D, to_key * SCALE, ADD, D, BLOCK_D, WIDE)
+    _store(to, grad_key_strides, j, length, piece * BLOCK_D, to_key * SCALE, ADD, D, BLOCK_D, WIDE, INTERPRET)
 
 
 def forward(
@@ -319,6 +323,8 @@ def backward(
         return
     delta = torch.empty_like(lse[:, :, 0], memory_format=torch.contiguous_format)
     settings = (num_heads, scale)
+    # What out lost when it was rounded is more than float16 would keep of a difference.
+    source = "sweep" if query.dtype == torch.float16 else "out"
 
     def run(axis, to_value, upstream, read, result, which, **modes):
         tensors = (grad_query, grad_key, to_value, upstream, query, key, read, result, lse[:, :, which], delta)
@@ -329,14 +335,14 @@ def backward(
         run("w", grad_value, grad_out, value, out, 0, delta_from="out")
         run("h", grad_value, grad_out, value, out, 0, delta_from="given", skip=True, add=True, add_value=True)
     elif len(axes) == 1:
-        run(axes, grad_value, grad_out, value, out, 0, delta_from="out")
+        run(axes, grad_value, grad_out, value, out, 0, delta_from=source)
     elif combine == "sum":
         run(axes[1], grad_value, grad_out, value, out, 1, delta_from="sweep")
         run(axes[0], grad_value, grad_out, value, out, 0, delta_from="sweep", add=True, add_value=True)
     else:
         between = torch.empty_like(grad_value)
-        run(axes[1], between, grad_out, first, out, 1, delta_from="out")
-        run(axes[0], grad_value, between, value, first, 0, delta_from="out", add=True)
+        run(axes[1], between, grad_out, first, out, 1, delta_from=source)
+        run(axes[0], grad_value, between, value, first, 0, delta_from=source, add=True)
 
 
 def _plan_forward(axis, out, lse, before, query, key, value, *settings, skip=False, add=False) -> Launch:

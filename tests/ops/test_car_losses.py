@@ -176,6 +176,18 @@ def test_second_derivative_is_that_of_the_reference(lane):
 
 
 @every_lane
+def test_autocast_changes_nothing(lane):
+    x, y = normal(2, 5, 3, 4, dtype=torch.float32).to(lane.device), classes_of(2, 3, 4, classes=3).to(lane.device)
+    with lane.active():
+        plain = segops.car_losses(x, y, 3)
+        with torch.autocast(lane.device, dtype=torch.bfloat16):
+            lowered = segops.car_losses(x, y, 3)
+    for a, b in zip(plain, lowered, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@every_lane
 @pytest.mark.parametrize("scale", [30.0, 300.0])
 def test_large_features_stay_finite(lane, scale):
     x, y = (
@@ -245,3 +257,31 @@ def test_flops_are_the_products_with_the_centres():
     counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     assert counts["segops.car_losses"] == 2 * 2 * 35 * 6 * 4
     assert counts["segops.car_losses_backward"] == 2 * counts["segops.car_losses"]
+
+
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
+def test_own_centres_compile_into_one_graph_of_any_size(per_image):
+    """The battery's sample for this is given its centres."""
+
+    def losses(x, y):
+        return torch.stack(segops.car_losses(x, y, 4, per_image=per_image))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend="aot_eager")
+    for h, w in ((3, 5), (6, 4)):
+        x, y = normal(2, 5, h, w).requires_grad_(), classes_of(2, 2 * h, 3 * w, classes=4)
+        actual, expected = compiled(x, y), losses(x, y)
+        gradients = [torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected)]
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(*gradients)
+
+
+def test_own_centres_export():
+    class Loss(torch.nn.Module):
+        def forward(self, x, y):
+            return segops.car_losses(x, y, 4)
+
+    x, y = normal(2, 5, 3, 4), classes_of(2, 6, 8, classes=4)
+    program = torch.export.export(Loss(), (x, y))
+    for actual, expected in zip(program.module()(x, y), segops.car_losses(x, y, 4), strict=True):
+        assert torch.equal(actual, expected)
