@@ -177,6 +177,7 @@ struct Axes {
 void axial_attention(const Tensor& out, const Tensor& first, const Tensor& lse, const Tensor& query, const Tensor& key,
                      const Tensor& value, int64_t num_heads, double scale, int64_t combine, int64_t axes) {
   if (!out.numel()) return;
+  for (const Tensor* written : {&out, &first}) expect_writes(*written);
   const Axes order(axes);
   Pass passes[2];
   for (int i = 0; i < order.count; ++i) {
@@ -210,6 +211,7 @@ void axial_attention_backward(const Tensor& grad_query, const Tensor& grad_key, 
                               const Tensor& out, const Tensor& first, const Tensor& lse, int64_t num_heads,
                               double scale, int64_t combine, int64_t axes) {
   if (!out.numel()) return;
+  for (const Tensor* gradient : {&grad_query, &grad_key, &grad_value}) expect_writes(*gradient);
   const Axes order(axes);
   const bool composed = order.count == 2 && combine == 0;
   const int64_t size = dtype_of(lse) == DType::float64 ? 8 : 4, pixels = query.size(2) * query.size(3);
