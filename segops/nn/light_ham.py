@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
+from ..ops.axial_attention import axial_attention
 from ..ops.nmf2d import GRADS, nmf2d
 from ._layers import (
     BilinearDecoder,
@@ -270,15 +271,7 @@ class _CrissCross(nn.Module):
         return self.once(self.once(x))
 
     def once(self, x: Tensor) -> Tensor:
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        height = x.shape[2]
-        # The pixel itself is in its row and in its column, and counts once.
-        itself = torch.eye(height, dtype=torch.bool, device=x.device)[:, None, :]
-        column = torch.einsum("nchw,ncgw->nhwg", q, k).masked_fill(itself, -torch.inf)
-        row = torch.einsum("nchw,nchv->nhwv", q, k)
-        attention = torch.cat([column, row], 3).softmax(3)
-        y = torch.einsum("nhwg,ncgw->nchw", attention[..., :height], v)
-        y = y + torch.einsum("nhwv,nchv->nchw", attention[..., height:], v)
+        y = axial_attention(self.query(x), self.key(x), self.value(x), combine="joint", scale=1.0)
         return x + self.gamma * y
 
 
