@@ -1,6 +1,8 @@
 # make demo and make test are the two commands a newcomer needs; both work on a fresh machine.
 
 TORCH ?= torch==2.13.0
+# For the tests on timm's backbones. Their own requirements would replace torch.
+MODELS ?= timm==1.0.31 torchvision==0.28.0
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
@@ -34,7 +36,8 @@ $(VENV)/.torch:
 
 $(INSTALLED): $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 	MAX_JOBS=$(JOBS) $(BIN)/pip install -q --no-build-isolation -e ".[test,lint]"
-	$(BIN)/pip install -q "triton==3.7.1"
+	$(BIN)/pip install -q "triton==3.7.1" huggingface_hub safetensors pyyaml
+	$(BIN)/pip install -q --no-deps $(MODELS)
 	touch $@
 
 install: $(INSTALLED)

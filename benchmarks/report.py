@@ -63,8 +63,18 @@ def ops() -> list[str]:
     return sorted({path.stem for path in paths if "rows" in json.loads(path.read_text())})
 
 
+def models() -> dict[str, list[dict]]:
+    """Machine -> results of whole models against their eager twins."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        results = json.loads(path.read_text())
+        if "directions" in results:
+            found.setdefault(path.parent.name, []).append(results)
+    return found
+
+
 def readme_section() -> str:
-    """What stands between the markers: for each CPU the gated rows of all ops, then the plots."""
+    """What stands between the markers: for each CPU the gated rows of all ops, whole models, then the plots."""
     machines: dict[str, dict[str, dict]] = {}
     gpus: dict[str, dict[str, dict]] = {}
     for op in ops():
@@ -74,6 +84,7 @@ def readme_section() -> str:
             elif results["allocator"] == "default":
                 machines.setdefault(machine, {})[op] = results
     parts = [_summary(machine, by_op, gpus) for machine, by_op in machines.items()]
+    parts += [_models(machine, results) for machine, results in models().items()]
     plots = [op for op in ops() if (RESULTS / f"{op}_scaling.png").exists()]
     parts += [f"![Time and memory against pixels](benchmarks/results/{op}_scaling.png)" for op in plots]
     parts.append("Every row, rival and error: [benchmarks/results](benchmarks/results/README.md).")
@@ -83,6 +94,7 @@ def readme_section() -> str:
 def tables() -> str:
     """benchmarks/results/README.md: everything that was measured."""
     parts = [f"## {op}\n\n{_section(op, load(op))}" for op in ops()]
+    parts += [f"## Whole models\n\n{_models(machine, results)}" for machine, results in models().items()]
     return "\n\n".join(["# Results", f"Written by `{COMMAND}`.", *parts]) + "\n"
 
 
@@ -132,6 +144,14 @@ def gates(results: dict) -> Iterator[tuple[bool, str]]:
         yield growth <= most, f"{name} {growth:.1f}, at most {most:.1f}"
 
 
+def model_gates(results: dict) -> Iterator[tuple[bool, str]]:
+    for row in results["directions"]:
+        for layout, ratio in row["times_faster"].items():
+            if row["gate"] is not None:
+                what = f"{results['model']} {row['direction']} {layout}: times faster than eager"
+                yield _at_least(what, ratio, row["gate"])
+
+
 def _at_least(what: str, value: float, least: float) -> tuple[bool, str]:
     return value >= least, f"{what} {value:.3g}, at least {least:g}"
 
@@ -177,6 +197,33 @@ def _summary(machine: str, by_op: dict[str, dict], gpus: dict[str, dict[str, dic
         f"On {facts['cpu']}, {facts['threads']} threads, {facts.get('isa', 'no CPU kernels')}, torch "
         f"{results['versions']['torch']} ({machine}), float32; NCHW / channels_last, each rival in its own "
         f"best layout:\n\n{table}"
+    )
+
+
+def model_table(results: dict) -> str:
+    """Markdown, a row per direction of what a script over _models.py measured."""
+    title = ["model", "direction", "batch", "segops, ms", "eager, ms", "times faster", "segops, MiB", "eager, MiB"]
+    lines = [title, ["---"] * 2 + ["---:"] * 6]
+    for row in results["directions"]:
+        each = [[values[x] for x in LAYOUTS] for values in (row["ms"]["segops"], row["times_faster"])]
+        lines.append([
+            results["model"], row["direction"].replace("_", " "), str(row["batch"]),
+            " / ".join(f"{ms:.0f}" for ms in each[0]), f"{min(row['ms']['eager'].values()):.0f}",
+            " / ".join(f"{ratio:.2f}" for ratio in each[1]),
+            *(f"{min(row['peak_mib'][side].values()):.0f}" for side in ("segops", "eager")),
+        ])  # fmt: skip
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _models(machine: str, results: list[dict]) -> str:
+    tables = [model_table(each).split("\n") for each in results]
+    rows = [tables[0][:2], *(lines[2:] for lines in tables)]
+    facts = ", ".join(sorted({f"{r['threads']} threads, torch {r['versions']['torch']}" for r in results}))
+    commits = ", ".join(dict.fromkeys(f"{r['commit'][:10]}, {r['date']}" for r in results))
+    return (
+        f"Whole models, float32, on {machine} ({facts}; commit {commits}): segops for NCHW / channels_last images, "
+        "eager PyTorch in its best format; a prediction is labels of the image's size, memory the peak of a fresh "
+        "process.\n\n" + "\n".join(line for lines in rows for line in lines)
     )
 
 
@@ -368,6 +415,10 @@ def main() -> int:
                 for passed, sentence in gates(results) if results["allocator"] == "default" else ():
                     print("pass" if passed else "MISS", op, machine, sentence)
                     missed += not passed
+        for machine, found in models().items():
+            for passed, sentence in (gate for results in found for gate in model_gates(results)):
+                print("pass" if passed else "MISS", machine, sentence)
+                missed += not passed
         print(f"{missed} missed")
         return missed > 0
     if arguments.raw is not None:

@@ -291,6 +291,7 @@ def backends(
     triton: Callable[..., Any],
     why_not: Callable[..., str | None],
     cuda: Compiled | str | None = None,
+    cuda_first: bool = False,
 ) -> dict[str, list[Backend]]:
     """The table of an op.
 
@@ -299,19 +300,20 @@ def backends(
         triton: Function of the op's arguments that runs the kernel.
         why_not: Why the arguments are refused, by any.
         cuda: What runs the CUDA row, where that is not ``native``; or why there is none.
+        cuda_first: CUDA before Triton on a GPU; until a GPU has measured the order, where Triton needs more memory.
     """
-    # Triton first until a GPU has measured the order.
+    gpu = [
+        Backend("triton", triton, _triton_missing, why_not),
+        Backend("cuda", None, lambda: cuda)
+        if isinstance(cuda, str)
+        else compiled_row("cuda", cuda or native, "segops_C", _native.why_not("_C_cuda"), why_not),
+    ]
     return {
         "cpu": [
             compiled_row("cpu", native, "segops_C", _native.why_not("_C"), why_not),
             Backend("triton-interpret", triton, _interpreter_missing, why_not, by_name_only=True),
         ],
-        "cuda": [
-            Backend("triton", triton, _triton_missing, why_not),
-            Backend("cuda", None, lambda: cuda)
-            if isinstance(cuda, str)
-            else compiled_row("cuda", cuda or native, "segops_C", _native.why_not("_C_cuda"), why_not),
-        ],
+        "cuda": gpu[::-1] if cuda_first else gpu,
     }
 
 

@@ -83,6 +83,7 @@ double run(Upsampled& p, const char* op) {
 
 void dupsample(const Tensor& out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& temperature, int64_t scale_factor) {
+  expect_writes(out);
   Upsampled p = problem(out, x, weight, bias, temperature, scale_factor);
   run(p, "dupsample");
 }

@@ -82,6 +82,7 @@ struct Dupsample {
   void gradients(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
                  const torch::stable::Tensor& bias, const torch::stable::Tensor& temperature) {
     backward = true, grad_temperature = temperature.numel() > 0;
+    expect_writes(x);
     grad_x = Strided(x);
     grad_weight = weight.data_ptr(), grad_weight_row = weight.stride(0), grad_weight_channel = weight.stride(1);
     if (bias.numel()) grad_bias = bias.data_ptr(), grad_bias_row = bias.stride(0);

@@ -79,6 +79,7 @@ void run(const Problem& p, bool backward) {
 void local_attention(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key, const Tensor& value,
                      std::vector<int64_t> kernel_size, std::vector<int64_t> dilation, int64_t num_heads, double scale,
                      int64_t border) {
+  expect_writes(out);
   run(problem(query, key, value, out, lse, kernel_size, dilation, num_heads, scale, border), false);
 }
 
@@ -88,6 +89,7 @@ void local_attention_backward(const Tensor& grad_query, const Tensor& grad_key, 
                               std::vector<int64_t> kernel_size, std::vector<int64_t> dilation, int64_t num_heads,
                               double scale, int64_t border) {
   Problem p = problem(query, key, value, out, lse, kernel_size, dilation, num_heads, scale, border);
+  for (const Tensor* gradient : {&grad_query, &grad_key, &grad_value}) expect_writes(*gradient);
   p.grad_out = Strided(grad_out);
   if (grad_lse) p.grad_lse = Strided(*grad_lse);
   p.grad_query = Strided(grad_query), p.grad_key = Strided(grad_key), p.grad_value = Strided(grad_value);

@@ -110,6 +110,7 @@ void run(Problem& p, const char* op) {
 void multi_scale_strip_conv(const Tensor& out, const Tensor& x, const Tensor& taps, const Tensor& biases,
                             std::vector<int64_t> kernel_size, std::vector<int64_t> strip_lengths) {
   Problem p = problem(x, taps, biases, kernel_size, strip_lengths);
+  expect_writes(out);
   p.out = Strided(out);
   // Rows are split only where there is too little to share; a piece computes what its strips reach outside it once more.
   const Plan whole = plan(p);
@@ -129,6 +130,7 @@ void multi_scale_strip_conv_backward(const Tensor& grad_x, const Tensor& grad_ta
                                      const std::optional<Tensor>& scaled, const std::optional<Tensor>& scale,
                                      std::vector<int64_t> kernel_size, std::vector<int64_t> strip_lengths) {
   Problem p = problem(x, taps, biases, kernel_size, strip_lengths);
+  expect_writes(grad_x);
   p.grad_out = Strided(grad_out), p.grad_x = Strided(grad_x);
   p.grad_taps = Matrix(grad_taps), p.grad_biases = Matrix(grad_biases);
   if (scaled) p.scaled = Strided(*scaled), p.scale = Strided(*scale);

@@ -150,6 +150,7 @@ template <typename A>
 void forward(const Tensor& out, const Tensor& coefficients, const Tensor& history, const Tensor& x, const Tensor& bases,
              int64_t steps, bool one_step, double eps) {
   Problem<A> p = problem<A>(x, bases, coefficients, history, steps, one_step, eps);
+  expect_writes(out);
   p.y = Strided(out);
   const int64_t matrix = p.channels * p.columns, blocks = (p.channels + base_rows - 1) / base_rows;
   const Buffer<A> b(p.images * matrix), g(p.images * p.square()), state(p.images * p.pixels * p.columns),
@@ -177,6 +178,7 @@ void backward(const Tensor& grad_x, const Tensor& grad_bases, const Tensor& grad
               const Tensor& bases, const Tensor& coefficients, const Tensor& history, bool one_step, double eps) {
   const int64_t steps = one_step ? 0 : history.size(1);
   Problem<A> p = problem<A>(x, bases, coefficients, history, steps, one_step, eps);
+  expect_writes(grad_x);
   p.y = Strided(grad_out), p.grad_x = Strided(grad_x);
   const bool for_bases = grad_bases.numel() != 0;
   const int64_t matrix = p.channels * p.columns, blocks = (p.channels + base_rows - 1) / base_rows;

@@ -121,6 +121,7 @@ void upsample_cross_entropy_backward(const Tensor& grad_logits, const Tensor& gr
   const Axis horizontal(logits.size(3), target.size(2), align_corners);
   const Axis vertical(logits.size(2), target.size(1), align_corners);
   Problem p = problem(horizontal, vertical, logits, target, class_weight, lse, ignore_index, label_smoothing);
+  expect_writes(grad_logits);
   p.grad_logits = Strided(grad_logits), p.grad_loss = pixels(grad_loss), p.per_pixel = grad_loss.dim() == 3;
   run(p, true);
 }

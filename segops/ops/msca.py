@@ -220,7 +220,9 @@ OP = Op(
     "int[] strip_lengths, bool training) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends=_dispatch.backends(native=Compiled("multi_scale_strip_conv", _native), triton=_triton, why_not=why_not),
+    backends=_dispatch.backends(
+        native=Compiled("multi_scale_strip_conv", _native), triton=_triton, why_not=why_not, cuda_first=True
+    ),
     autocast=("x", "taps", "biases", "proj_weight", "proj_bias"),
     flops=_flops,
 )
@@ -236,6 +238,7 @@ BACKWARD = Op(
         native=Compiled("multi_scale_strip_conv_backward", _native_backward),
         triton=_triton_backward,
         why_not=why_not_backward,
+        cuda_first=True,
     ),
     flops=_backward_flops,
 )

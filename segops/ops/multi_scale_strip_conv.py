@@ -119,7 +119,9 @@ OP = Op(
     "(Tensor x, Tensor taps, Tensor biases, int[2] kernel_size, int[] strip_lengths) -> Tensor",
     reference=reference,
     fake=_fake,
-    backends=_dispatch.backends(native=Compiled("multi_scale_strip_conv", _native), triton=_triton, why_not=why_not),
+    backends=_dispatch.backends(
+        native=Compiled("multi_scale_strip_conv", _native), triton=_triton, why_not=why_not, cuda_first=True
+    ),
     autocast=("x", "taps", "biases"),
     flops=lambda x, taps, biases, *windows: flops(x, *windows),
 )
@@ -135,6 +137,7 @@ BACKWARD = Op(
         native=Compiled("multi_scale_strip_conv_backward", _native_backward),
         triton=_triton_backward,
         why_not=why_not_backward,
+        cuda_first=True,
     ),
     flops=lambda grad_out, x, taps, biases, *windows: backward_flops(x, *windows),
 )
