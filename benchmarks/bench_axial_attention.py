@@ -45,7 +45,7 @@ def rows(device: str) -> list[Row]:
             gates = {rival: forward if direction == FORWARD else training} if rival and device == "cpu" else {}
             for layout in BOTH if sample is not CAE else ("nchw",):
                 rivals = ("eager",) if joint else ("sdpa",)
-                if layout == "nchw" and sample is not AXIAL_256:
+                if layout == "nchw" and sample in (AXIAL_128, CRISS_CROSS):
                     rivals += ("compile",)
                 row = Row(sample, FP32, layout, direction, device, rivals=rivals, gates=gates)
                 found.append(replace(row, rival_memory=direction == FORWARD and layout == "nchw"))

@@ -1,206 +1,26 @@
 // Axial attention for one instruction set; see axial_attention.cpp for the formula and the plan.
 
-#include "cpu/arena.body.h"
-
-constexpr int64_t tile = 32;                                          // queries side by side
-constexpr int max_rows = SEGOPS_VECTOR_REGISTERS == 32 ? 14 : 6;      // by two vectors: what sums fit the registers
-
-// out[i] (+)= sum_t a[i * Row + t * a_step] * b[t * b_step ...], `Vectors` vectors wide.
-template <typename A, int Rows, int Vectors, int Row>
-[[gnu::noinline]] void multiply(const A* a, int64_t a_step, const A* b, int64_t b_step, int64_t count, A* out,
-                                int64_t out_step, bool add) {
-  constexpr int L = Simd<A>::lanes;
-  Vec<A> acc[Rows][Vectors] = {};
-#pragma GCC unroll 2
-  for (int64_t t = 0; t < count; ++t, a += a_step, b += b_step) {
-    Vec<A> right[Vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * L);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) acc[i][v] += a[i * Row] * right[v];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-      A* to = out + i * out_step + v * L;
-      store(to, add ? load(to) + acc[i][v] : acc[i][v]);
-    }
-}
-
-// The first `count` of a vector's elements, as widen and narrow take them, through masks where there are any: copying
-// them one by one takes longer than everything else that is done to the end of a line.
-#if SEGOPS_X86_ISAS && SEGOPS_VECTOR_BYTES == 64
-[[gnu::always_inline]] inline Vec<float> widen_some(const float* p, int64_t count) {
-  return __builtin_ia32_loadups512_mask(p, Vec<float>{}, uint16_t((1u << count) - 1));
-}
-[[gnu::always_inline]] inline Vec<double> widen_some(const double* p, int64_t count) {
-  return __builtin_ia32_loadupd512_mask(p, Vec<double>{}, uint8_t((1u << count) - 1));
-}
-template <typename T>
-[[gnu::always_inline]] inline Vec<float> widen_some(const T* p, int64_t count) {
-  typedef short Shorts __attribute__((vector_size(32)));
-  T full[16];
-  const auto bits = __builtin_ia32_loaddquhi256_mask(reinterpret_cast<const short*>(p), Shorts{}, uint16_t((1u << count) - 1));
-  __builtin_memcpy(full, &bits, 32);
-  return widen(static_cast<const T*>(full));
-}
-[[gnu::always_inline]] inline void narrow_some(Vec<float> x, float* p, int64_t count) {
-  __builtin_ia32_storeups512_mask(p, x, uint16_t((1u << count) - 1));
-}
-[[gnu::always_inline]] inline void narrow_some(Vec<double> x, double* p, int64_t count) {
-  __builtin_ia32_storeupd512_mask(p, x, uint8_t((1u << count) - 1));
-}
-template <typename T>
-[[gnu::always_inline]] inline void narrow_some(Vec<float> x, T* p, int64_t count) {
-  typedef short Shorts __attribute__((vector_size(32)));
-  T full[16];
-  Shorts bits;
-  narrow(x, static_cast<T*>(full));
-  __builtin_memcpy(&bits, full, 32);
-  __builtin_ia32_storedquhi256_mask(reinterpret_cast<short*>(p), bits, uint16_t((1u << count) - 1));
-}
-#else
-template <typename T>
-[[gnu::always_inline]] inline auto widen_some(const T* p, int64_t count) {
-  return widen(p, count);
-}
-template <typename T, typename V>
-[[gnu::always_inline]] inline void narrow_some(V x, T* p, int64_t count) {
-  narrow(x, p, count);
-}
-#endif
-
-// Rows of scalars in panels: [parts][depth][width], one panel per block of sums.
-struct Panels {
-  int64_t width, parts;
-  explicit Panels(int64_t rows) : width(0), parts(0) {
-    for (int64_t w = max_rows; w >= 1; --w) {
-      const int64_t p = (rows + w - 1) / w;
-      if (!width || p * (w + 1) < parts * (width + 1)) width = w, parts = p;
-    }
-  }
-  int64_t rows() const { return width * parts; }
-};
-
-template <typename Kernel>
-[[gnu::always_inline]] inline void with_width(int64_t width, Kernel kernel) {
-  switch (width) {
-#if SEGOPS_VECTOR_REGISTERS == 32
-    case 14: return kernel.template operator()<14>();
-    case 13: return kernel.template operator()<13>();
-    case 12: return kernel.template operator()<12>();
-    case 11: return kernel.template operator()<11>();
-    case 10: return kernel.template operator()<10>();
-    case 9: return kernel.template operator()<9>();
-    case 8: return kernel.template operator()<8>();
-    case 7: return kernel.template operator()<7>();
-#endif
-    case 6: return kernel.template operator()<6>();
-    case 5: return kernel.template operator()<5>();
-    case 4: return kernel.template operator()<4>();
-    case 3: return kernel.template operator()<3>();
-    case 2: return kernel.template operator()<2>();
-    default: return kernel.template operator()<1>();
-  }
-}
-
-// out[rows][tile] (+)= panels of [depth] scalars * b[depth][tile], of which the first `width` queries are wanted.
-template <typename A>
-void product(const Panels& rows, const A* panels, int64_t depth, const A* b, int64_t b_step, int64_t width, A* out,
-             bool add) {
-  constexpr int64_t L = Simd<A>::lanes;
-  with_width(rows.width, [&]<int W>() {
-    for (int64_t part = 0; part < rows.parts; ++part)
-      for (int64_t x = 0; x < width; x += 2 * L) {
-        const A* a = panels + part * depth * W;
-        A* to = out + part * W * tile + x;
-        if (x + L < width)
-          multiply<A, W, 2, 1>(a, W, b + x, b_step, depth, to, tile, add);
-        else
-          multiply<A, W, 1, 1>(a, W, b + x, b_step, depth, to, tile, add);
-      }
-  });
-}
-
-// out[rows][columns] += sum over `count` queries of scores[rows] * b[columns]: scores in tiles of [rows][tile], b
-// [queries][columns]. Sums stay in the nearest cache from tile to tile.
-template <typename A>
-void outer_product(const Panels& rows, const A* scores, int64_t count, const A* b, int64_t columns, A* out,
-                   int64_t out_step) {
-  constexpr int64_t L = Simd<A>::lanes;
-  with_width(rows.width, [&]<int W>() {
-    for (int64_t x = 0; x < columns; x += 2 * L)
-      for (int64_t part = 0; part < rows.parts; ++part) {
-        A* to = out + part * W * out_step + x;
-        for (int64_t first = 0; first < count; first += tile) {
-          const A *from = scores + (first * rows.parts + part * tile) * W, *right = b + first * columns + x;
-          if (x + L < columns)
-            multiply<A, W, 2, tile>(from, 1, right, columns, least(count - first, tile), to, out_step, true);
-          else
-            multiply<A, W, 1, tile>(from, 1, right, columns, least(count - first, tile), to, out_step, true);
-        }
-      }
-  });
-}
-
-template <typename A>
-void zero(A* data, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) data[i] = 0;
-}
-
-// [rows][columns] to [columns][rows], whole vectors of rows; rows past the end repeat the last one.
-template <typename A>
-void turn(const A* from, int64_t from_step, int64_t rows, int64_t columns, A* to, int64_t to_step) {
-  constexpr int64_t L = Simd<A>::lanes;
-  for (int64_t i = 0; i < rows; i += L)
-    for (int64_t j = 0; j < columns; j += L) {
-      Vec<A> square[L];
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < L; ++k) square[k] = load(from + least(i + k, rows - 1) * from_step + j);
-      transpose<A>(square);
-      if (columns - j >= L) {
-#pragma GCC unroll 16
-        for (int64_t k = 0; k < L; ++k) store(to + (j + k) * to_step + i, square[k]);
-      } else {
-        for (int64_t k = 0; k < columns - j; ++k) store(to + (j + k) * to_step + i, square[k]);
-      }
-    }
-}
-
-// [depth][columns] to panels of columns.
-template <typename A>
-void to_panels(const A* from, int64_t from_step, int64_t depth, const Panels& panels, A* to) {
-  constexpr int64_t L = Simd<A>::lanes;
-  // Whole vectors are written: each runs over into the next, which is written after it.
-  for (int64_t part = 0; part < panels.parts; ++part)
-    for (int64_t t = 0; t < depth; ++t, to += panels.width)
-      for (int64_t x = 0; x < panels.width; x += L) store(to + x, load(from + t * from_step + part * panels.width + x));
-}
+#include "cpu/axial_products.body.h"
+#include "cpu/axial_lines.body.h"
 
 template <typename T, typename A = typename Sum<T>::type>
-struct Worker {
-  static constexpr int64_t L = Simd<A>::lanes;
+struct Worker : Lines<T, A> {
+  using Base = Lines<T, A>;
+  using typename Base::Task;
+  using Base::L, Base::p, Base::long_row, Base::planar, Base::rows, Base::spread, Base::give, Base::give_rows;
   static constexpr A lowest = sizeof(A) == 4 ? A(-3e38f) : A(-1e300);
 
-  const Pass& p;
   const Panels keys, narrow_rows, wide_rows;  // of a line's keys; of the channels of q and k, and of a chunk of v
   const int64_t d, chunk, cells;              // cells: pixels of a round, in whole tiles
-  const int64_t row, long_row, d_row, c_row;  // lengths of a row of queries, of a line, and of channels
-  A *planar, *rows;                           // what fetch hands on
+  const int64_t row, d_row, c_row;            // lengths of a row of queries, and of channels
   A *q, *q_rows, *k, *k_rows, *v, *g, *g_rows, *out;
   A *scores, *grads, *mixed, *dk, *dv;
   A *lse, *factor, *keep;
 
-  // Rows whose distance is a multiple of 2048 bytes would share cache sets.
-  static int64_t spread(int64_t length) { return length * int64_t(sizeof(A)) % 2048 ? length : length + L; }
-
   explicit Worker(const Pass& p)
-      : p(p), keys(p.length), narrow_rows(p.d), wide_rows(p.chunk), d(p.d), chunk(p.chunk),
+      : Base(p), keys(p.length), narrow_rows(p.d), wide_rows(p.chunk), d(p.d), chunk(p.chunk),
         cells(round_up(least(p.round, p.length), tile)), row(spread(cells)),
-        long_row(spread(round_up(p.length, tile) + L)), d_row(round_up(p.d, L)), c_row(round_up(p.chunk, L)) {}
+        d_row(round_up(p.d, L)), c_row(round_up(p.chunk, L)) {}
 
   bool chunked() const { return chunk < p.dv; }
   static int64_t width_of(int64_t queries) { return least(round_up(queries, L), tile); }  // of a tile, in whole vectors
@@ -229,9 +49,6 @@ struct Worker {
     if (p.whole()) dk = arena.take<A>(G * keys.rows() * d_row), dv = arena.take<A>(G * keys.rows() * c_row);
   }
 
-  struct Task {
-    int64_t n, head, line, lines, first, last;
-  };
   Task task(int64_t index) const {
     Task t;
     t.first = index % p.pieces * p.piece_length(), t.last = least(t.first + p.piece_length(), p.length);
@@ -242,170 +59,15 @@ struct Worker {
     return t;
   }
 
-  T* at(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t pixel) const {
-    return static_cast<T*>(map.data) + t.n * map.n + (t.head * width + channel) * map.c + t.line * map.line +
-           pixel * map.pixel;
-  }
-
-  // Hands on every line of `channels` channels of `count` pixels, times `by`: function(line, planar, rows), planar
-  // [channels][long_row] and, where wanted, rows [pixels][round_up(channels, L)]. Pixels up to a whole tile are 0.
-  template <bool Planar, bool Rows, typename Function>
-  void fetch(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t channels, int64_t first,
-             int64_t count, A by, Function function) {
-    const T* from = at(map, t, width, channel, first);
-    const int64_t padded = round_up(count, tile), step = round_up(channels, L);
-    if (map.interleaved())
-      for (int64_t c = 0; c < channels; ++c)
-        columns(map, from + c * map.c, t.lines, count, by, planar + c * long_row, channels * long_row);
-    for (int64_t line = 0; line < t.lines; ++line, from += map.line) {
-      A* plane = planar;
-      if (map.pixel == 1) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const T* in = from + c * map.c;
-          A* to = plane + c * long_row;
-          int64_t x = 0;
-          for (; x + L <= count; x += L) store(to + x, widen(in + x) * by);
-          if (x < count) store(to + x, widen_some(in + x, count - x) * by), x += L;
-          for (; x < padded; x += L) store(to + x, Vec<A>{});
-        }
-      } else if (map.c == 1) {
-        for (int64_t x = 0; x < count; ++x) {
-          const T* in = from + x * map.pixel;
-          int64_t c = 0;
-          for (; c + L <= channels; c += L) store(rows + x * step + c, widen(in + c) * by);
-          if (c < channels) store(rows + x * step + c, widen_some(in + c, channels - c) * by);
-        }
-        zero(rows + count * step, (padded - count) * step);
-        if constexpr (Planar) turn(rows, step, padded, channels, plane, long_row);
-        function(line, plane, rows);
-        continue;
-      } else if (map.interleaved()) {
-        plane = planar + line * channels * long_row;
-      } else {
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t x = 0; x < padded; ++x)
-            plane[c * long_row + x] = x < count ? widen(from + c * map.c + x * map.pixel, 1)[0] * by : A(0);
-      }
-      if constexpr (Rows) turn(plane, long_row, channels, padded, rows, step);
-      function(line, plane, rows);
-    }
-  }
-
-  // One channel of lines that lie side by side: to[line][pixel].
-  void columns(const Map& map, const T* from, int64_t lines, int64_t count, A by, A* to, int64_t to_step) {
-    const int64_t padded = round_up(count, tile);
-    for (int64_t x = 0; x < padded; x += L)
-      for (int64_t line = 0; line < lines; line += L) {
-        const int64_t some = least(lines - line, L);
-        Vec<A> square[L];
-        for (int64_t i = x; i < least(x + L, count); ++i) {
-          const T* next = from + map.c + i * map.pixel + line;
-          __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + some - 1, 0, 2);
-        }
-        if (some == L && x + L <= count) {
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < L; ++i) square[i] = widen(from + (x + i) * map.pixel + line) * by;
-        } else {
-          for (int64_t i = 0; i < L; ++i)
-            square[i] = x + i < count ? widen_some(from + (x + i) * map.pixel + line, some) * by : Vec<A>{};
-        }
-        transpose<A>(square);
-        if (some == L) {
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < L; ++i) store(to + (line + i) * to_step + x, square[i]);
-        } else {
-          for (int64_t i = 0; i < some; ++i) store(to + (line + i) * to_step + x, square[i]);
-        }
-      }
-  }
-
-  // Writes from[line][channel][pixel], rows `step` apart and with a vector's room behind the last pixel.
-  void give(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t channels, int64_t first,
-            int64_t count, const A* from, int64_t step, int64_t line_step) {
-    T* to = at(map, t, width, channel, first);
-    if (map.interleaved()) {
-      for (int64_t c = 0; c < channels; ++c, to += map.c, from += step)
-        for (int64_t x = 0; x < count; x += L)
-          for (int64_t line = 0; line < t.lines; line += L) {
-            const int64_t some = least(t.lines - line, L);
-            Vec<A> square[L];
-            for (int64_t i = x; i < least(x + L, count); ++i) {
-              const T* next = to + map.c + i * map.pixel + line;
-              __builtin_prefetch(next, 1, 2), __builtin_prefetch(next + some - 1, 1, 2);
-            }
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < L; ++i) square[i] = load(from + least(line + i, t.lines - 1) * line_step + x);
-            transpose<A>(square);
-            for (int64_t i = 0; i < L && x + i < count; ++i) {
-              T* pixel = to + (x + i) * map.pixel + line;
-              some == L ? narrow(square[i], pixel) : narrow_some(square[i], pixel, some);
-            }
-          }
-      return;
-    }
-    for (int64_t line = 0; line < t.lines; ++line, to += map.line, from += line_step) {
-      if (map.pixel == 1) {
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t x = 0; x < count; x += L) {
-            const Vec<A> v = load(from + c * step + x);
-            count - x >= L ? narrow(v, to + c * map.c + x) : narrow_some(v, to + c * map.c + x, count - x);
-          }
-      } else if (map.c == 1) {
-        for (int64_t x = 0; x < count; x += L)
-          for (int64_t c = 0; c < channels; c += L) {
-            const int64_t some = least(channels - c, L);
-            Vec<A> square[L];
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < L; ++i) square[i] = load(from + least(c + i, channels - 1) * step + x);
-            transpose<A>(square);
-            for (int64_t i = 0; i < L && x + i < count; ++i) {
-              T* pixel = to + (x + i) * map.pixel + c;
-              some == L ? narrow(square[i], pixel) : narrow_some(square[i], pixel, some);
-            }
-          }
-      } else {
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t x = 0; x < count; ++x)
-            narrow(Vec<A>{} + from[c * step + x], to + c * map.c + x * map.pixel, 1);
-      }
-    }
-  }
-
-  // Writes a line's keys from[line][pixel][step] to a gradient, or adds them to it.
-  void give_rows(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t channels, A* from,
-                 int64_t step, int64_t line_step, bool add) {
-    if (add)
-      fetch<false, true>(map, t, width, channel, channels, 0, p.length, A(1), [&](int64_t line, A*, const A* old) {
-        const int64_t old_step = round_up(channels, L);
-        for (int64_t x = 0; x < p.length; ++x)
-          for (int64_t c = 0; c < channels; c += L) {
-            A* to = from + line * line_step + x * step + c;
-            store(to, load(to) + load(old + x * old_step + c));
-          }
-      });
-    if (map.c == 1 && map.pixel != 1) {
-      for (int64_t line = 0; line < t.lines; ++line)
-        for (int64_t x = 0; x < p.length; ++x) {
-          T* to = at(map, t, width, channel, x) + line * map.line;
-          const A* in = from + line * line_step + x * step;
-          int64_t c = 0;
-          for (; c + L <= channels; c += L) narrow(load(in + c), to + c);
-          if (c < channels) narrow_some(load(in + c), to + c, channels - c);
-        }
-      return;
-    }
-    for (int64_t line = 0; line < t.lines; ++line)
-      turn(from + line * line_step, step, p.length, channels, planar + line * channels * long_row, long_row);
-    give(map, t, width, channel, channels, 0, p.length, planar, long_row, channels * long_row);
-  }
-
   void fetch_value(const Task& t, int64_t channel, int64_t channels, bool backward) {
     if (backward)
-      fetch<true, false>(p.value, t, p.dv, channel, channels, 0, p.length, A(1), [&](int64_t line, A* plane, A*) {
+      this->template fetch<true, false>(p.value, t, p.dv, channel, channels, 0, p.length, A(1),
+                          [&](int64_t line, A* plane, A*) {
         to_panels(plane, long_row, channels, keys, v + line * keys.rows() * chunk);
       });
     else
-      fetch<false, true>(p.value, t, p.dv, channel, channels, 0, p.length, A(1), [&](int64_t line, A*, A* in) {
+      this->template fetch<false, true>(p.value, t, p.dv, channel, channels, 0, p.length, A(1),
+                          [&](int64_t line, A*, A* in) {
         to_panels(in, round_up(channels, L), p.length, Panels(channels), v + line * wide_rows.rows() * p.length);
       });
   }
@@ -417,9 +79,9 @@ struct Worker {
           store(q + (line * d + c) * row + x, load(plane + c * long_row + x));
     };
     if (!backward)
-      return fetch<true, false>(p.query, t, d, 0, d, first, count, A(p.scale),
+      return this->template fetch<true, false>(p.query, t, d, 0, d, first, count, A(p.scale),
                                 [&](int64_t line, A* plane, A*) { keep_plane(line, plane); });
-    fetch<true, true>(p.query, t, d, 0, d, first, count, A(p.scale), [&](int64_t line, A* plane, A* in) {
+    this->template fetch<true, true>(p.query, t, d, 0, d, first, count, A(p.scale), [&](int64_t line, A* plane, A* in) {
       keep_plane(line, plane);
       A* to = q_rows + line * cells * d_row;
       for (int64_t i = 0; i < round_up(count, tile) * d_row; i += L) store(to + i, load(in + i));
@@ -492,7 +154,8 @@ struct Worker {
 
   void give_out(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
     if (p.add || p.merge)
-      fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1), [&](int64_t line, A* old, A*) {
+      this->template fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1),
+                          [&](int64_t line, A* old, A*) {
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t x = 0; x < count; x += L) {
             A* to = out + (line * channels + c) * row + x;
@@ -504,7 +167,7 @@ struct Worker {
   }
 
   void forward(const Task& t) {
-    fetch<true, false>(p.key, t, d, 0, d, 0, p.length, A(1), [&](int64_t line, A* plane, A*) {
+    this->template fetch<true, false>(p.key, t, d, 0, d, 0, p.length, A(1), [&](int64_t line, A* plane, A*) {
       to_panels(plane, long_row, d, keys, k + line * keys.rows() * d);
     });
     if (!chunked()) fetch_value(t, 0, chunk, false);
@@ -582,7 +245,8 @@ struct Worker {
 
   // A chunk of grad_out, and the part of delta that goes through it.
   void fetch_grad(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
-    fetch<true, true>(p.grad_out, t, p.dv, channel, channels, first, count, A(1), [&](int64_t line, A* plane, A* in) {
+    this->template fetch<true, true>(p.grad_out, t, p.dv, channel, channels, first, count, A(1),
+                        [&](int64_t line, A* plane, A* in) {
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t x = 0; x < round_up(count, tile); x += L)
           store(g + (line * chunk + c) * row + x, load(plane + c * long_row + x));
@@ -590,7 +254,8 @@ struct Worker {
       for (int64_t i = 0; i < round_up(count, tile) * round_up(channels, L); i += L) store(to + i, load(in + i));
     });
     if (!p.delta_of_out) return;
-    fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1), [&](int64_t line, A* plane, A*) {
+    this->template fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1),
+                        [&](int64_t line, A* plane, A*) {
       for (int64_t x = 0; x < round_up(count, tile); x += L) {
         Vec<A> sum = channel ? load(factor + line * row + x) : Vec<A>{};
         for (int64_t c = 0; c < channels; ++c)
@@ -622,12 +287,14 @@ struct Worker {
   void backward(const Task& t) {
     const bool whole = p.whole();
     const int64_t piece = t.first / p.piece_length(), v_row = spread(round_up(p.dv, L));
-    const auto key_sums = [&](int64_t line) { return whole ? dk + line * keys.rows() * d_row : partial(t, line, piece); };
+    const auto key_sums = [&](int64_t line) {
+      return whole ? dk + line * keys.rows() * d_row : partial(t, line, piece);
+    };
     const auto value_sums = [&](int64_t line, int64_t channel) {
       return whole ? dv + line * keys.rows() * c_row : partial(t, line, piece) + keys.rows() * d_row + channel;
     };
     const auto value_step = [&](int64_t channels) { return whole ? round_up(channels, L) : v_row; };
-    fetch<true, true>(p.key, t, d, 0, d, 0, p.length, A(1), [&](int64_t line, A* plane, A* in) {
+    this->template fetch<true, true>(p.key, t, d, 0, d, 0, p.length, A(1), [&](int64_t line, A* plane, A* in) {
       to_panels(plane, long_row, d, keys, k + line * keys.rows() * d);
       to_panels(in, d_row, p.length, narrow_rows, k_rows + line * narrow_rows.rows() * p.length);
     });
@@ -677,7 +344,7 @@ struct Worker {
           grad_keys(line, 0, round_up(count, L), grads + scores_at(line, 0), key_sums(line));
         }
       if (p.add)
-        fetch<true, false>(p.grad_query, t, d, 0, d, first, count, A(1), [&](int64_t line, A* old, A*) {
+        this->template fetch<true, false>(p.grad_query, t, d, 0, d, first, count, A(1), [&](int64_t line, A* old, A*) {
           for (int64_t c = 0; c < d; ++c)
             for (int64_t x = 0; x < count; x += L) {
               A* to = out + (line * d + c) * row + x;

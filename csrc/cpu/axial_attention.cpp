@@ -8,8 +8,9 @@
 // strides and the dtype, and packed: what is multiplied by queries in vectors into panels of scalars, queries into
 // rows. Scores stand as [key][32 queries], so that the softmax runs down the rows without a reduction across lanes and
 // feeds the next product as it is; every product keeps up to 14 x 2 vectors of sums in registers. Where neighbouring
-// lines share cache lines and pages (a column of an NCHW map), up to 32 are packed together. Values wider than 128 channels go
-// in chunks, with the scores of a round of queries kept between them: memory is linear in the length of a line.
+// lines share cache lines and pages (a column of an NCHW map), up to 32 are packed together; groups of 16 in a core's
+// own cache were slower, for each page is then looked up twice as often. Values whose packed line is larger than that
+// cache go in chunks, with the scores of a round of queries kept between them: memory is linear in a line's length.
 //
 // Composed, the second axis replaces the first one's result line by line; backward walks the axes in reverse, and
 // grad_value holds the gradient of that result between them. Joint, the column's pass leaves a result and a

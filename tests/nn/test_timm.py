@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+
 import pytest
 import torch
 
@@ -10,11 +13,13 @@ from segops.nn import HFGD, SegmentationModel, SemanticFPN, UltraSemanticFPN
 
 @pytest.fixture(scope="module")
 def timm():
-    # torchvision's wheel, which timm imports, does not load beside a torch without CUDA: two of its ops are missing.
     library = torch.library.Library("torchvision", "FRAGMENT")
-    if torch.version.cuda is None:
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+    with contextlib.suppress(ImportError):
+        try:
+            importlib.import_module("torchvision")  # timm imports it
+        except RuntimeError:  # the common wheel lacks two of its ops beside a torch without CUDA
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
     return pytest.importorskip("timm", reason="timm is not installed")
 
 
