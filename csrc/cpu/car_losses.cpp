@@ -120,6 +120,7 @@ void car_losses_backward(const Tensor& grad_features, const Tensor& grad_intra, 
                          const Tensor& centers, const Tensor& lse, const Tensor& inner, int64_t ignore_index,
                          double c2p_threshold) {
   Problem p = problem(features, labels, centers, lse, inner, ignore_index, c2p_threshold);
+  expect_writes(grad_features);
   p.grad_x = Strided(grad_features);
   p.grad_intra = get(grad_intra), p.grad_c2p = get(grad_c2p);
   if (grad_sums) p.grad_sums = rows_of(*grad_sums, "grad_sums", p.grad_sums_step);

@@ -102,6 +102,7 @@ int64_t class_centers(const Tensor& sums, const Tensor& counts, const Tensor& fe
 
 void class_centers_backward(const Tensor& grad_features, const Tensor& grad_sums, const Tensor& labels,
                             int64_t ignore_index) {
+  expect_writes(grad_features);
   Problem p = problem(grad_features, grad_sums, labels, ignore_index);
   const int64_t tiles = (p.pixels + tile_pixels - 1) / tile_pixels;
   parallel(p.images * tiles, [&](int64_t begin, int64_t end, Scratch& scratch) {
