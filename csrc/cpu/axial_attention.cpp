@@ -74,6 +74,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t cache = 3 << 19;   // bytes that packed lines may take: a core's own cache
 constexpr int64_t room = 7 << 20;    // the same of lines that share pages, which cost more to find than to read
+constexpr int64_t part = 24;         // forward: and the part of all maps that they may take
 constexpr int64_t held = 8 << 20;    // bytes that the scores of a round may take
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -96,7 +97,9 @@ void plan(Pass& p, bool backward, std::initializer_list<Map> maps) {
   // Equal groups, of which a few threads get as much work each.
   p.groups = p.lines;
   if (interleaved) {
-    const int64_t most = larger(4, smaller(32, room / line)), several = 8 / larger(p.n * p.heads, 1);
+    const int64_t maps_bytes = p.n * p.heads * p.lines * p.length * 2 * (p.d + p.dv) * size;
+    const int64_t space = backward ? room : smaller(room, maps_bytes / part);
+    const int64_t most = larger(4, smaller(32, space / line)), several = 8 / larger(p.n * p.heads, 1);
     p.groups = smaller(larger((p.lines + most - 1) / most, several), (p.lines + 3) / 4);
   }
   const int64_t tasks = larger(p.n * p.heads * p.groups, 1);

@@ -78,5 +78,5 @@ def sample_inputs() -> list[Sample]:
         _sample("joint_wide_values", (1, 24, 19, 35), d_v=150, combine="joint", scale=0.3),
         _sample("sum_width_first", (2, 48, 13, 23), num_heads=3, combine="sum", order=("width", "height")),
         _sample("one_long_row", (1, 16, 1, 1031), d_v=140, order=width, scale=0.4),
-        _sample("long_rows", (1, 8, 2, 530), d_v=9, scale=0.4),
+        _sample("long_rows", (1, 16, 2, 530), d_v=9, scale=0.4),
     ]
