@@ -50,9 +50,7 @@ def rows(device: str) -> list[Row]:
                 row = Row(sample, FP32, layout, direction, device, rivals=rivals, gates=gates)
                 found.append(replace(row, rival_memory=direction == FORWARD and layout == "nchw"))
             if sample in (AXIAL_128, CRISS_CROSS):
-                slow = {"float32": 0.95} if device == "cpu" else {}
-                found.append(Row(sample, BF16, "nchw", direction, device, rivals=("eager",) if joint else ("sdpa",),
-                                 gates=slow))  # fmt: skip
+                found.append(Row(sample, BF16, "nchw", direction, device, rivals=("eager",) if joint else ("sdpa",)))
     if device == "cpu" and _native.why_not("_C") is None and _native.cpu_isa() == "avx512":
         found += [
             Row(AXIAL_128, FP32, "nchw", direction, rivals=("sdpa",), isa="avx2") for direction in (FORWARD, TRAINING)
