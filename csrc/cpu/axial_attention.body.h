@@ -59,7 +59,49 @@ struct Worker : Lines<T, A> {
     return t;
   }
 
+  // Forward, where the channels of values and results lie side by side: sums are of channels, values are read in place.
+  static constexpr bool in_place = sizeof(T) == sizeof(A);
+  bool by_channels() const {
+    return p.value.c == 1 && p.out.c == 1 && p.group() == 1 && p.dv % L == 0 && chunk % L == 0;
+  }
+
+  void mix_channels(const Task& t, int64_t x, int64_t some, int64_t channel, int64_t channels, const A* s) {
+    const A* values = v;
+    int64_t step = channels;
+    if constexpr (in_place) values = this->at(p.value, t, p.dv, channel, 0), step = p.value.pixel;
+    const int64_t parts = (some + max_rows - 1) / max_rows;
+    for (int64_t c = 0; c < channels; c += 2 * L)
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = some * part / parts, to = some * (part + 1) / parts;
+        with_width(to - from, [&]<int W>() {
+          A* sums = out + (x + from) * channels + c;
+          if (c + L < channels)
+            multiply<A, W, 2, 1>(s + from, tile, values + c, step, p.length, sums, channels, false);
+          else
+            multiply<A, W, 1, 1>(s + from, tile, values + c, step, p.length, sums, channels, false);
+        });
+      }
+  }
+
+  void give_channels(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
+    for (int64_t x = 0; x < count; ++x) {
+      T* to = this->at(p.out, t, p.dv, channel, first + x);
+      const A by = factor[x], before = p.merge ? keep[x] : A(1);
+      for (int64_t c = 0; c < channels; c += L) {
+        const Vec<A> sum = load(out + x * channels + c) * by;
+        narrow(p.merge || p.add ? sum + widen(static_cast<const T*>(to) + c) * before : sum, to + c);
+      }
+    }
+  }
+
   void fetch_value(const Task& t, int64_t channel, int64_t channels, bool backward) {
+    if (!backward && by_channels()) {
+      if constexpr (!in_place)
+        for (int64_t x = 0; x < p.length; ++x)
+          for (int64_t c = 0; c < channels; c += L)
+            store(v + x * channels + c, widen(static_cast<const T*>(this->at(p.value, t, p.dv, channel, x)) + c));
+      return;
+    }
     if (backward)
       this->template fetch<true, false>(p.value, t, p.dv, channel, channels, 0, p.length, A(1),
                           [&](int64_t line, A* plane, A*) {
@@ -142,8 +184,10 @@ struct Worker : Lines<T, A> {
     for (int64_t i = 0; i < some; ++i) *lse_at(t, line, first + x + i) = log_total[i];
   }
 
-  void mix(int64_t line, int64_t x, int64_t width, int64_t channels, const A* s) {
+  void mix(const Task& t, int64_t line, int64_t x, int64_t count, int64_t channel, int64_t channels, const A* s) {
+    if (by_channels()) return mix_channels(t, x, least(count - x, tile), channel, channels, s);
     const Panels panels(channels);
+    const int64_t width = width_of(count - x);
     product(panels, v + line * wide_rows.rows() * p.length, p.length, s, tile, width, mixed, false);
     for (int64_t i = 0; i < width; i += L) {
       const Vec<A> by = load(factor + line * row + x + i);
@@ -153,6 +197,7 @@ struct Worker : Lines<T, A> {
   }
 
   void give_out(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
+    if (by_channels()) return give_channels(t, channel, channels, first, count);
     if (p.add || p.merge)
       this->template fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1),
                           [&](int64_t line, A* old, A*) {
@@ -180,7 +225,7 @@ struct Worker : Lines<T, A> {
           const int64_t width = width_of(count - x);
           score(line, x, width, first, s);
           softmax(t, line, x, width, first, count, s);
-          if (!chunked()) mix(line, x, width, chunk, s);
+          if (!chunked()) mix(t, line, x, count, 0, chunk, s);
         }
       if (!chunked()) {
         give_out(t, 0, chunk, first, count);
@@ -191,7 +236,7 @@ struct Worker : Lines<T, A> {
         fetch_value(t, channel, channels, false);
         for (int64_t line = 0; line < t.lines; ++line)
           for (int64_t x = 0; x < count; x += tile)
-            mix(line, x, width_of(count - x), channels, scores + scores_at(line, x));
+            mix(t, line, x, count, channel, channels, scores + scores_at(line, x));
         give_out(t, channel, channels, first, count);
       }
     }
@@ -206,14 +251,16 @@ struct Worker : Lines<T, A> {
     }
   }
 
-  // Gradients of the scores in the place of those of the weights. delta is divided by the weights' sum, 1 but for the
-  // rounding of the log-sum-exp, which would not cancel.
+  // Gradients of the scores in the place of those of the weights. Where one weight is nearly all, its gradient and delta
+  // nearly cancel: delta is a mean, of weights whose sum is 1 but for the rounding of the log-sum-exp, and what it is
+  // short of is taken from the differences.
   void differentiate(int64_t line, int64_t x, int64_t width, const A* s, A* e) {
     for (int64_t i = 0; i < width; i += L) {
-      Vec<A> delta = {}, next = {}, total = {};
+      Vec<A> delta = {}, rest = {};
       if (p.delta_of_out || p.delta_given) {
         delta = load(factor + line * row + x + i);
       } else {
+        Vec<A> next = {}, total = {};
         int64_t j = 0;
         for (; j + 2 <= p.length; j += 2) {
           const Vec<A> a = load(s + j * tile + i), b = load(s + (j + 1) * tile + i);
@@ -225,10 +272,12 @@ struct Worker : Lines<T, A> {
           delta += a * load(e + j * tile + i), total += a;
         }
         delta = (delta + next) / total;
+        for (j = 0; j < p.length; ++j) rest += load(s + j * tile + i) * (load(e + j * tile + i) - delta);
+        rest /= total;
       }
       for (int64_t j = 0; j < p.length; ++j) {
         A* at = e + j * tile + i;
-        store(at, load(s + j * tile + i) * (load(at) - delta));
+        store(at, load(s + j * tile + i) * (load(at) - delta - rest));
       }
     }
   }
