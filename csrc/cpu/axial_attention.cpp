@@ -74,7 +74,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t cache = 3 << 19;   // bytes that packed lines may take: a core's own cache
 constexpr int64_t room = 7 << 20;    // the same of lines that share pages, which cost more to find than to read
-constexpr int64_t part = 24;         // forward: and the part of all maps that they may take
+constexpr int64_t part = 28;         // forward: and the part of all maps that they may take
 constexpr int64_t held = 8 << 20;    // bytes that the scores of a round may take
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
