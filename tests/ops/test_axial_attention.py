@@ -213,10 +213,10 @@ def test_any_shape_on_cpu(n, heads, d, dv, h, w, mode, layout):
 @pytest.mark.parametrize("d_v", [3, 150])
 def test_lines_in_pieces(shape, d_v):
     """Long lines are cut into pieces, and wide values into chunks; composed, neither may replace what others read."""
-    query, key = torch.randn(2, *shape).unbind()
-    value = torch.randn(shape[0], d_v, *shape[2:])
+    query, key = torch.randn(2, *shape, dtype=torch.float64).unbind()
+    value = torch.randn(shape[0], d_v, *shape[2:], dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    weight = torch.randn(value.shape)
+    weight = torch.randn_like(value)
     results = []
     for backend in ("cpu", "reference"):
         with segops.use_backend(backend):
@@ -224,7 +224,7 @@ def test_lines_in_pieces(shape, d_v):
             with torch.no_grad():
                 results.append((out, axial_attention(*leaves), *torch.autograd.grad(out, leaves, weight)))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_output_follows_the_querys_layout():
