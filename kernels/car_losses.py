@@ -130,9 +130,7 @@ def _forward(
 
 
 @triton.jit
-def _energy_gradient(
-    energy, log_sum, mean, k, label, threshold, K: tl.constexpr
-):  # fmt: skip
+def _energy_gradient(energy, log_sum, mean, k, label, threshold, K: tl.constexpr):
     """d c2p / dE, without the factor of its gradient."""
     share = _shares(energy, log_sum, k, label, K)
     mean = mean[None, :]

@@ -1,6 +1,6 @@
 """Multi-scale convolutional attention in Triton: strips, then a 1x1 convolution whose epilogue is the gate.
 
-    forward    s = strips(x),  gate = W s + b,  out = gate x
+    forward    gate = W s + b,  out = gate x,  s = strips(x)
     backward   t = g x,  ds = W^T t,  dW = sum_p t s^T,  db = sum_p t,  dx = strips^T(ds) + g gate
 
 Layout: x, s, gate, out [N, C, H, W], any strides; W [C, C]. A row of a product is a pixel. t is made on the way into
@@ -85,25 +85,10 @@ def _sum_outer(
     tl.store(sums + row, total, mask=i_exists & first)
 
 
-def forward(
-    out: Tensor,
-    sums: Tensor,
-    gate: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    biases: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    kernel_size: list[int],
-    strip_lengths: list[int],
-) -> None:
-    """Writes out; and sums and gate, unless they are [0]."""
-    if not out.numel():
-        return
-    keep = sums.numel() > 0
-    sums = sums if keep else torch.empty_like(out)
-    strips.forward(sums, x, taps, biases, kernel_size, strip_lengths)
-    _projection(out, sums, proj_weight, proj_bias, gate=gate if keep else None, factor=x).run()
+def forward(out: Tensor, gate: Tensor, sums: Tensor, x: Tensor, proj_weight: Tensor, proj_bias: Tensor | None) -> None:
+    """Writes out, and gate unless it is [0], from what the strips gave."""
+    if out.numel():
+        _projection(out, sums, proj_weight, proj_bias, gate=gate if gate.numel() else None, factor=x).run()
 
 
 def backward(

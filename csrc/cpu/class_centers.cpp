@@ -4,9 +4,10 @@
 //
 // Bound by one read of the features. A square of pixels and channels is turned in registers, so that each pixel is one
 // vector added to its class's row of a table that stays in the first cache; channels go in blocks, for that and for the
-// threads. In channels_last there is nothing to turn, and a block is as wide as its table fits the second cache. A table is emptied into its total now and then: less error in long sums. Each piece of the pixels has a total
-// of its own, and pieces, which do not depend on the number of threads, are added in order. Matrix products with one-hot
-// rows would be 2 K flops per feature.
+// threads. In channels_last there is nothing to turn, and a block is as wide as its table fits the second cache. A table
+// is emptied into its total now and then: less error in long sums. Each piece of the pixels has a total of its own, and
+// pieces, which do not depend on the number of threads, are added in order. Matrix products with one-hot rows would be
+// 2 K flops per feature.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

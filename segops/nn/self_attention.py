@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from ._layers import check_map, init_glorot
 
 __all__ = ["SelfAttention2d"]
 
-# Pixels up to which scaled_dot_product_attention may hold their map on a CPU (16 MB for an image): it trains up to a
+# Pixels up to which scaled_dot_product_attention may hold their map (16 MB for an image): on a CPU it trains up to a
 # third faster there, and is as fast forward.
 STORED = 2048
 
@@ -35,8 +37,8 @@ class SelfAttention2d(nn.Module):
         ValueError: a width that is not positive; in forward, a map of another width.
 
     Parameters: ``query``, ``key``, ``value``, each with ``.weight`` and ``.bias``, drawn from Glorot's uniform
-    distribution. Runs in ``scaled_dot_product_attention``, on a CPU beyond 2048 pixels in
-    :func:`segops.axial_attention` over the map as one row.
+    distribution. Runs in ``scaled_dot_product_attention`` where that stores no map, or one of up to 2048 pixels; else
+    in :func:`segops.axial_attention` over the map as one row.
 
     Example:
         >>> from segops.nn import SelfAttention2d
@@ -75,13 +77,20 @@ class SelfAttention2d(nn.Module):
         """[N, in_channels, H, W] to [N, out_channels, H, W]."""
         check_map(type(self).__name__, "x", x, self.in_channels)
         row = [conv(x).flatten(2).unsqueeze(2) for conv in (self.query, self.key, self.value)]  # [N, C, 1, H * W]
-        if x.device.type == "cpu" and x.shape[2] * x.shape[3] > STORED:
+        if x.shape[2] * x.shape[3] > STORED and not _stores_no_map(row):
             y = axial_attention(row[0], row[1], row[2], scale=self.scale, order=("width",))
         else:
-            # The GPU kernels that keep no map want the channels innermost.
+            # What stores no map wants the channels innermost.
             q, k, v = (t.movedim(1, 3).contiguous() for t in row)
             y = F.scaled_dot_product_attention(q, k, v, scale=self.scale).movedim(3, 1)
         return y.squeeze(2).unflatten(2, x.shape[2:])
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
+
+
+def _stores_no_map(tensors: Sequence[Tensor]) -> bool:
+    """scaled_dot_product_attention's kernel for widths that differ: on a GPU, of aligned rows, not in float64."""
+    dtype = tensors[0].dtype
+    aligned = all(x.shape[1] * x.element_size() % 16 == 0 for x in tensors)
+    return tensors[0].device.type != "cpu" and dtype != torch.float64 and aligned

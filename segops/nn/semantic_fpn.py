@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,14 +132,10 @@ class UltraSemanticFPN(SemanticFPN):
     """:class:`SemanticFPN` with 3x3 laterals, U-SFPN; the paper runs it at output stride 4 or 2.
 
     Args:
-        in_channels: As for :class:`SemanticFPN`, and all that follow.
-        strides: Stride of each map against the image, fine to coarse.
-        channels: Width of the neck.
-        output_stride: 4 or 2. 1 works too, at four times the cost of 2, which the paper calls not affordable.
+        in_channels: Width of each map, fine to coarse.
         lateral_kernel_size: Of the laterals, odd.
-        lateral_last: A lateral on the last map too.
-        norm_layer: Width to normalisation.
-        align_corners: Corner convention of every resize.
+        **options: The other keywords of :class:`SemanticFPN`. ``output_stride=1`` works too, at four times the cost of
+            2, which the paper calls not affordable.
 
     Example:
         >>> from segops.nn import UltraSemanticFPN
@@ -147,20 +144,5 @@ class UltraSemanticFPN(SemanticFPN):
         torch.Size([1, 32, 64, 96])
     """
 
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        *,
-        strides: Sequence[int] = (4, 8, 16, 32),
-        channels: int = 256,
-        output_stride: int = 4,
-        lateral_kernel_size: int = 3,
-        lateral_last: bool = False,
-        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-        align_corners: bool = True,
-    ) -> None:
-        super().__init__(
-            in_channels, strides=strides, channels=channels, output_stride=output_stride,
-            lateral_kernel_size=lateral_kernel_size, lateral_last=lateral_last, norm_layer=norm_layer,
-            align_corners=align_corners,
-        )  # fmt: skip
+    def __init__(self, in_channels: Sequence[int], *, lateral_kernel_size: int = 3, **options: Any) -> None:
+        super().__init__(in_channels, lateral_kernel_size=lateral_kernel_size, **options)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks, _dispatch
 from .._dispatch import Compiled, Op
 from ..reference.msca import msca as reference
+from . import multi_scale_strip_conv as strips
 from ._gradients import differentiate_through_reference, pull_back
 from ._strips import Strip, backward_flops, empty_gradients, empty_like_input, flops, pack, why_not, why_not_backward
 
@@ -201,11 +202,11 @@ def _native_backward(namespace):
 
 
 def _triton(x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths, training):
-    out, sums, gate = _empty(x, training)
-    _dispatch.kernels("msca").forward(
-        out, sums, gate, x, taps, biases, proj_weight, proj_bias, kernel_size, strip_lengths
-    )
-    return out, sums, gate
+    out, _, gate = _empty(x, training)
+    # By whichever backend the strips prefer: CUDA C++ keeps their maps in shared memory.
+    sums = strips.OP.overload(x, taps, biases, kernel_size, strip_lengths)
+    _dispatch.kernels("msca").forward(out, gate, sums, x, proj_weight, proj_bias)
+    return out, sums if training else x.new_empty(0), gate
 
 
 def _triton_backward(*args):
@@ -220,9 +221,7 @@ OP = Op(
     "int[] strip_lengths, bool training) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends=_dispatch.backends(
-        native=Compiled("multi_scale_strip_conv", _native), triton=_triton, why_not=why_not, cuda_first=True
-    ),
+    backends=_dispatch.backends(native=Compiled("multi_scale_strip_conv", _native), triton=_triton, why_not=why_not),
     autocast=("x", "taps", "biases", "proj_weight", "proj_bias"),
     flops=_flops,
 )

@@ -39,8 +39,9 @@ def multi_scale_strip_conv(x: Tensor, weight: Tensor, bias: Tensor | None, strip
 
     Gradients reach x and every weight and bias, twice; those of the weights are sums over the map in a fixed order.
     The result is the same, bit for bit, on every run; sums run in float32 (float64 for float64). Backward stores
-    nothing but x and computes the intermediate maps again. Backends: C++ (CPU), Triton and CUDA C++ (GPU);
-    ``segops.explain`` says which. Under autocast every tensor is cast to the autocast dtype.
+    nothing but x and computes the intermediate maps again. Backends: C++ (CPU), CUDA C++ and Triton (GPU; Triton alone
+    stores the maps between the convolutions); ``segops.explain`` says which. Under autocast every tensor is cast to the
+    autocast dtype.
 
     Example:
         >>> x, weight, bias = torch.randn(2, 32, 24, 40), torch.randn(32, 1, 5, 5), torch.randn(32)

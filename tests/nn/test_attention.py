@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import segops
 from segops.nn import AxialAttention2d, SelfAttention2d
+from segops.nn.self_attention import _stores_no_map
 
 from .hfgd_twin import TwinAxial, TwinSelfAttention, attend
 from .twins import assert_same_outputs_and_gradients
@@ -152,3 +153,18 @@ def test_wrong_options(options, words):
 def test_wrong_width(module):
     with pytest.raises(ValueError, match=r"x must have 8 channels, got \(2, 6, 5, 7\)"):
         module(image(6))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "widths", "stores"),
+    [
+        ("meta", torch.bfloat16, (64, 64, 512), False),
+        ("meta", torch.bfloat16, (60, 60, 512), True),
+        ("meta", torch.float32, (60, 60, 512), False),
+        ("meta", torch.float64, (64, 64, 512), True),
+        ("cpu", torch.float32, (64, 64, 512), True),
+    ],
+)
+def test_where_sdpa_would_store_the_map(device, dtype, widths, stores):
+    row = [torch.empty(1, c, 1, 4, dtype=dtype, device=device) for c in widths]
+    assert _stores_no_map(row) is not stores
