@@ -3,169 +3,235 @@
 #include "cpu/axial_products.body.h"
 #include "cpu/axial_lines.body.h"
 
+constexpr int64_t held_scores = 1 << 16;  // of a line's queries, backward
+
 template <typename T, typename A = typename Sum<T>::type>
 struct Worker : Lines<T, A> {
   using Base = Lines<T, A>;
   using typename Base::Task;
-  using Base::L, Base::p, Base::long_row, Base::planar, Base::rows, Base::spread, Base::give, Base::give_rows;
+  using Base::L, Base::p, Base::at, Base::pack, Base::region, Base::give;
+  using typename Base::Region;
   static constexpr A lowest = sizeof(A) == 4 ? A(-3e38f) : A(-1e300);
 
-  const Panels keys, narrow_rows, wide_rows;  // of a line's keys; of the channels of q and k, and of a chunk of v
-  const int64_t d, chunk, cells;              // cells: pixels of a round, in whole tiles
-  const int64_t row, d_row, c_row;            // lengths of a row of queries, and of channels
-  A *q, *q_rows, *k, *k_rows, *v, *g, *g_rows, *out;
-  A *scores, *grads, *mixed, *dk, *dv;
-  A *lse, *factor, *keep;
+  // An operand's lines, in place or as a copy.
+  struct Operand {
+    Packed<A> copy, now;
+    const Packed<A>* operator->() const { return &now; }
+    const Packed<A>& operator*() const { return now; }
+  };
+  // A line and a head of a task.
+  struct Part {
+    int64_t index, line, head;
+  };
+  // One line, in both orders.
+  struct Both {
+    Vectors<A> planar, rows;
+  };
 
-  explicit Worker(const Pass& p)
-      : Base(p), keys(p.length), narrow_rows(p.d), wide_rows(p.chunk), d(p.d), chunk(p.chunk),
-        cells(round_up(least(p.round, p.length), tile)), row(spread(cells)),
-        d_row(round_up(p.d, L)), c_row(round_up(p.chunk, L)) {}
+  const bool is_backward;
+  const int64_t d, chunk, cells;  // cells: pixels of a round, in whole tiles
+  const int64_t strip, row;       // queries whose scores are held, and the length of a row of them
+  Operand q, k, v, g, out;
+  Packed<A> result, key_turned, value_turned;
+  A *scores, *grads, *block, *q_turned, *g_turned, *out_turned, *dk, *dv;
+  A *lse, *factor, *keep, *scales, *ones;
+
+  Worker(const Pass& p, bool is_backward)
+      : Base{p}, is_backward(is_backward), d(p.d), chunk(p.chunk), cells(round_up(least(p.round, p.length), tile)),
+        strip(chunk < p.dv  ? cells
+              : is_backward ? least(cells, round_up(most(held_scores / p.length, 1), tile))
+                            : tile),
+        row(strip == tile ? tile : Base::spread(strip)) {}
 
   bool chunked() const { return chunk < p.dv; }
-  static int64_t width_of(int64_t queries) { return least(round_up(queries, L), tile); }  // of a tile, in whole vectors
-  int64_t tiles() const { return cells / tile; }
-  int64_t scores_at(int64_t line, int64_t x) const {
-    return chunked() ? (line * tiles() + x / tile) * keys.rows() * tile : 0;
-  }
+  A* of_part(A* all, const Part& m, int64_t x) const { return chunked() ? all + m.line * p.length * row + x : all; }
+  static int64_t row_of(int64_t channels) { return Base::spread(round_up(channels, L)); }
 
-  void take_memory(Arena& arena, bool backward) {
-    const int64_t G = p.group(), C = most(d, chunk), slack = 2 * L, held = chunked() ? G * tiles() : 1;
-    planar = arena.take<A>(G * C * long_row + slack), rows = arena.take<A>((long_row + L) * most(d_row, c_row) + slack);
-    q = arena.take<A>(G * d * row), k = arena.take<A>(G * keys.rows() * d + slack);
-    lse = arena.take<A>(G * row), factor = arena.take<A>(G * row), keep = arena.take<A>(G * row);
-    scores = arena.take<A>(held * keys.rows() * tile);
-    out = arena.take<A>(G * C * row);
-    mixed = arena.take<A>((C + max_rows) * tile);
-    if (!backward) {
-      v = arena.take<A>(G * wide_rows.rows() * p.length + max_rows * p.length + slack);
-      return;
+  void take_memory(Arena& arena) {
+    const int64_t G = p.group(), H = p.head_group, parts = G * H, held = (chunked() ? G : 1) * p.length * row;
+    q.copy = pack(arena, p.query.innermost(), G, H * d, cells);
+    k.copy = pack(arena, p.key.innermost(), G, H * d, p.length);
+    v.copy = pack(arena, p.value.innermost(), G, H * chunk, p.length);
+    lse = arena.take<A>(parts * cells), factor = arena.take<A>(parts * cells), keep = arena.take<A>(parts * cells);
+    scales = arena.take<A>(cells), ones = arena.take<A>(cells);
+    scores = arena.take<A>(held);
+    block = arena.take<A>(max_rows * 2 * L);
+    const Map& to = is_backward ? p.grad_query : p.out;
+    if (to.pixel != 1) result = pack(arena, false, G, H * (is_backward ? d : chunk), cells);
+    const int64_t planar_cells = Base::spread(cells);
+    if (arena.base)
+      for (int64_t x = 0; x < cells; ++x) scales[x] = A(p.scale), ones[x] = 1;
+    q_turned = arena.take<A>(most(d * planar_cells, cells * row_of(d)) + 2 * L);
+    if (!is_backward) return;
+    g_turned = arena.take<A>(most(chunk * planar_cells, cells * row_of(chunk)) + 2 * L);
+    g.copy = pack(arena, p.grad_out.innermost(), G, H * chunk, cells);
+    if (p.delta_of_out) {
+      out.copy = pack(arena, p.out.innermost(), G, H * chunk, cells);
+      out_turned = arena.take<A>(chunk * planar_cells + 2 * L);
     }
-    grads = arena.take<A>(held * keys.rows() * tile);
-    v = arena.take<A>(G * keys.rows() * chunk + slack);
-    k_rows = arena.take<A>(G * narrow_rows.rows() * p.length + slack);
-    q_rows = arena.take<A>(G * cells * d_row), g_rows = arena.take<A>(G * cells * c_row);
-    g = arena.take<A>(G * chunk * row);
-    if (p.whole()) dk = arena.take<A>(G * keys.rows() * d_row), dv = arena.take<A>(G * keys.rows() * c_row);
+    grads = arena.take<A>(held);
+    dk = arena.take<A>(p.length * row_of(d)), dv = arena.take<A>(p.length * row_of(chunk));
+    key_turned = pack(arena, false, G, H * d, p.length), value_turned = pack(arena, false, G, H * chunk, p.length);
   }
 
+  // Lines of a head follow one another; where channels are innermost, heads of a line do, for they share its pages.
   Task task(int64_t index) const {
     Task t;
     t.first = index % p.pieces * p.piece_length(), t.last = least(t.first + p.piece_length(), p.length);
     index /= p.pieces;
-    t.line = p.first_line(index % p.groups), t.lines = p.first_line(index % p.groups + 1) - t.line;
-    index /= p.groups;
-    t.head = index % p.heads, t.n = index / p.heads;
+    const int64_t head_groups = p.heads / p.head_group;
+    const bool heads_first = p.value.innermost();
+    const int64_t group = heads_first ? index / head_groups % p.groups : index % p.groups;
+    t.line = p.first_line(group), t.lines = p.first_line(group + 1) - t.line;
+    t.head = (heads_first ? index % head_groups : index / p.groups % head_groups) * p.head_group;
+    t.heads = p.head_group, t.n = index / (head_groups * p.groups);
     return t;
   }
-
-  // Forward, where the channels of values and results lie side by side: sums are of channels, values are read in place.
-  static constexpr bool in_place = sizeof(T) == sizeof(A);
-  bool by_channels() const {
-    return p.value.c == 1 && p.out.c == 1 && p.group() == 1 && p.dv % L == 0 && chunk % L == 0;
+  template <typename Function>
+  static void for_parts(const Task& t, Function function) {
+    for (int64_t i = 0; i < t.lines * t.heads; ++i) function(Part{i, i / t.heads, i % t.heads});
   }
 
-  void mix_channels(const Task& t, int64_t x, int64_t some, int64_t channel, int64_t channels, const A* s) {
-    const A* values = v;
-    int64_t step = channels;
-    if constexpr (in_place) values = this->at(p.value, t, p.dv, channel, 0), step = p.value.pixel;
-    const int64_t parts = (some + max_rows - 1) / max_rows;
-    for (int64_t c = 0; c < channels; c += 2 * L)
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t from = some * part / parts, to = some * (part + 1) / parts;
-        with_width(to - from, [&]<int W>() {
-          A* sums = out + (x + from) * channels + c;
-          if (c + L < channels)
-            multiply<A, W, 2, 1>(s + from, tile, values + c, step, p.length, sums, channels, false);
-          else
-            multiply<A, W, 1, 1>(s + from, tile, values + c, step, p.length, sums, channels, false);
-        });
-      }
+  // What a round reads of every map: its queries, a chunk of the values, and all keys.
+  Region keys_of(const Map& map, const Task& t) const { return region(map, t, d, 0, t.heads * d, 0, p.length); }
+  Region values_of(const Map& map, const Task& t, int64_t channel) const {
+    return region(map, t, p.dv, channel, chunked() ? least(chunk, p.dv - channel) : t.heads * p.dv, 0, p.length);
+  }
+  Region queries_of(const Map& map, const Task& t, int64_t first) const {
+    return region(map, t, d, 0, t.heads * d, first, least(p.round, t.last - first));
+  }
+  Region results_of(const Map& map, const Task& t, int64_t first, int64_t channel) const {
+    const int64_t channels = chunked() ? least(chunk, p.dv - channel) : t.heads * p.dv;
+    return region(map, t, p.dv, channel, channels, first, least(p.round, t.last - first));
   }
 
-  void give_channels(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
-    for (int64_t x = 0; x < count; ++x) {
-      T* to = this->at(p.out, t, p.dv, channel, first + x);
-      const A by = factor[x], before = p.merge ? keep[x] : A(1);
-      for (int64_t c = 0; c < channels; c += L) {
-        const Vec<A> sum = load(out + x * channels + c) * by;
-        narrow(p.merge || p.add ? sum + widen(static_cast<const T*>(to) + c) * before : sum, to + c);
-      }
+  void read(Operand& operand, const Region& from, A by = 1) {
+    operand.now = operand.copy;
+    Base::copy(from, by, operand.copy);
+  }
+  // The same of an operand that stays where it is: if it may (no vector of its channels runs past them), if it is of
+  // the sums' type, and if its rows are not all in the same cache sets.
+  void refer(Operand& operand, const Region& from, bool may) {
+    const Map& map = from.map;
+    const int64_t step = map.innermost() ? map.pixel : map.c;
+    if (!may || !(map.innermost() || map.pixel == 1) || sizeof(T) != sizeof(A) || step * int64_t(sizeof(T)) % 4096 == 0)
+      return read(operand, from);
+    operand.now = {reinterpret_cast<A*>(const_cast<T*>(from.from)), map.innermost(), step, map.line};
+  }
+  void begin(const Task& t, int64_t first, int64_t channel) {
+    if (!channel) {
+      if (first == t.first) refer(k, keys_of(p.key, t), d % L == 0);
+      read(q, queries_of(p.query, t, first), A(p.scale));
     }
+    const bool replaced = !is_backward && p.value.data == p.out.data;
+    refer(v, values_of(p.value, t, channel), !replaced && p.dv % L == 0);
+    if (!is_backward) return;
+    refer(g, results_of(p.grad_out, t, first, channel), p.grad_out.innermost() && p.dv % L == 0);
+    if (p.delta_of_out) read(out, results_of(p.out, t, first, channel));
   }
-
-  void fetch_value(const Task& t, int64_t channel, int64_t channels, bool backward) {
-    if (!backward && by_channels()) {
-      if constexpr (!in_place)
-        for (int64_t x = 0; x < p.length; ++x)
-          for (int64_t c = 0; c < channels; c += L)
-            store(v + x * channels + c, widen(static_cast<const T*>(this->at(p.value, t, p.dv, channel, x)) + c));
-      return;
+  // Asks for what comes next, in so many blocks of products.
+  void ask_next(const Task& t, const Task* next, int64_t first, int64_t channel, int64_t count) {
+    this->forget();
+    const bool same_round = channel + chunk < p.dv, same_task = same_round || first + p.round < t.last;
+    if (!same_task && !next) return;
+    const Task& then = same_task ? t : *next;
+    if (!same_round) first = same_task ? first + p.round : next->first;
+    channel = same_round ? channel + chunk : 0;
+    const auto later = [&](const Region& region) { this->later(region); };
+    if (!same_round) later(keys_of(p.key, then)), later(queries_of(p.query, then, first));
+    later(values_of(p.value, then, channel));
+    if (is_backward) {
+      later(results_of(p.grad_out, then, first, channel));
+      if (p.delta_of_out) later(results_of(p.out, then, first, channel));
     }
-    if (backward)
-      this->template fetch<true, false>(p.value, t, p.dv, channel, channels, 0, p.length, A(1),
-                          [&](int64_t line, A* plane, A*) {
-        to_panels(plane, long_row, channels, keys, v + line * keys.rows() * chunk);
-      });
-    else
-      this->template fetch<false, true>(p.value, t, p.dv, channel, channels, 0, p.length, A(1),
-                          [&](int64_t line, A*, A* in) {
-        to_panels(in, round_up(channels, L), p.length, Panels(channels), v + line * wide_rows.rows() * p.length);
-      });
+    this->spread_over(count);
   }
 
-  void fetch_query(const Task& t, int64_t first, int64_t count, bool backward) {
-    const auto keep_plane = [&](int64_t line, const A* plane) {
-      for (int64_t c = 0; c < d; ++c)
-        for (int64_t x = 0; x < round_up(count, tile); x += L)
-          store(q + (line * d + c) * row + x, load(plane + c * long_row + x));
-    };
-    if (!backward)
-      return this->template fetch<true, false>(p.query, t, d, 0, d, first, count, A(p.scale),
-                                [&](int64_t line, A* plane, A*) { keep_plane(line, plane); });
-    this->template fetch<true, true>(p.query, t, d, 0, d, first, count, A(p.scale), [&](int64_t line, A* plane, A* in) {
-      keep_plane(line, plane);
-      A* to = q_rows + line * cells * d_row;
-      for (int64_t i = 0; i < round_up(count, tile) * d_row; i += L) store(to + i, load(in + i));
+  // Sums to rows `step` apart, by Base::put: by and keep are of the rows, or of the columns.
+  template <bool Pixels, typename U>
+  void product_put(Scalars<A> a, int64_t n, Vectors<A> b, int64_t width, int64_t depth, U* to, int64_t step,
+                   const A* by, const A* keep) {
+    for_blocks<A>(n, width, [&](int64_t i, int64_t some, int64_t x, int64_t columns) {
+      U* place = to + i * step + x;
+      const int64_t pixel = Pixels ? i : x;
+      for (int64_t r = 0; r < some; ++r)
+        __builtin_prefetch(place + r * step, 1), __builtin_prefetch(place + r * step + columns - 1, 1);
+      multiply<A>(some, columns > L, {a.at + i * a.row, a.row, a.step}, {b.at + x, b.step}, depth, block, 2 * L, false);
+      Base::template put<Pixels>(place, step, block, some, columns, by + pixel, keep ? keep + pixel : keep);
+      this->advance();
     });
   }
+  void product(Scalars<A> a, int64_t n, Vectors<A> b, int64_t width, int64_t depth, A* to, int64_t to_step, bool add) {
+    for_blocks<A>(n, width, [&](int64_t i, int64_t some, int64_t x, int64_t columns) {
+      multiply<A>(some, columns > L, {a.at + i * a.row, a.row, a.step}, {b.at + x, b.step}, depth,
+                  to + i * to_step + x, to_step, add);
+      this->advance();
+    });
+  }
+  T* of_map(const Map& map, const Task& t, const Part& m, int64_t width, int64_t channel, int64_t pixel) const {
+    return at(map, t, width, channel, pixel) + m.head * width * map.c + m.line * map.line;
+  }
+  static A* part(const Packed<A>& packed, const Part& m, int64_t width) {
+    return packed.line(m.line) + m.head * width * packed.c();
+  }
+  static Scalars<A> pixels_of(const Packed<A>& packed, const Part& m, int64_t width) {
+    return {part(packed, m, width), packed.x(), packed.c()};
+  }
+  static Scalars<A> channels_of(const Packed<A>& packed, const Part& m, int64_t width) {
+    return {part(packed, m, width), packed.c(), packed.x()};
+  }
 
-  A* lse_at(const Task& t, int64_t line, int64_t pixel) const {
-    return static_cast<A*>(p.lse.data) + t.n * p.lse.n + t.head * p.lse.c + (t.line + line) * p.lse.line +
+  // `count` pixels from x on.
+  Vectors<A> planar(const Packed<A>& packed, const Part& m, int64_t x, int64_t count, int64_t channels,
+                    A* space) const {
+    const A* from = part(packed, m, channels) + x * packed.x();
+    if (!packed.rows) return {from, packed.step};
+    const int64_t step = Base::spread(round_up(count, tile));
+    turn(from, packed.step, count, channels, space, step);
+    return {space, step};
+  }
+  Both both(const Packed<A>& packed, const Part& m, int64_t count, int64_t channels, A* space) const {
+    const Vectors<A> as_it_is{part(packed, m, channels), packed.step};
+    if (packed.rows) return {planar(packed, m, 0, count, channels, space), as_it_is};
+    turn(as_it_is.at, packed.step, channels, count, space, row_of(channels));
+    return {as_it_is, {space, row_of(channels)}};
+  }
+
+  A* lse_at(const Task& t, const Part& m, int64_t pixel) const {
+    return static_cast<A*>(p.lse.data) + t.n * p.lse.n + (t.head + m.head) * p.lse.c + (t.line + m.line) * p.lse.line +
            pixel * p.lse.pixel;
   }
-  A* delta_at(const Task& t, int64_t line, int64_t pixel) const {
-    return static_cast<A*>(p.delta.data) + t.n * p.delta.n + t.head * p.delta.c + (t.line + line) * p.delta.line +
-           pixel * p.delta.pixel;
+  A* delta_at(const Task& t, const Part& m, int64_t pixel) const {
+    return static_cast<A*>(p.delta.data) + t.n * p.delta.n + (t.head + m.head) * p.delta.c +
+           (t.line + m.line) * p.delta.line + pixel * p.delta.pixel;
   }
 
-  // Scores of a tile of queries, x of the round and `first` + x of the line.
-  void score(int64_t line, int64_t x, int64_t width, int64_t first, A* s) {
-    product(keys, k + line * keys.rows() * d, d, q + line * d * row + x, row, width, s, false);
+  // Scores of `count` queries, the line's from `first` on.
+  void score(const Part& m, Vectors<A> queries, int64_t first, int64_t count, A* s) {
+    product(pixels_of(*k, m, d), p.length, queries, count, d, s, row, false);
     if (p.skip_itself)
-      for (int64_t i = 0; i < tile && first + x + i < p.length; ++i) s[(first + x + i) * tile + i] = -__builtin_inf();
+      for (int64_t i = 0; i < count; ++i) s[(first + i) * row + i] = -__builtin_inf();
   }
 
   // Scores to unnormalised weights; their factor, and what remains of the result in place.
-  void softmax(const Task& t, int64_t line, int64_t x, int64_t width, int64_t first, int64_t count, A* s) {
+  void softmax(const Task& t, const Part& m, int64_t first, int64_t x, int64_t count, A* s) {
     A log_total[tile], before[tile] = {};
-    const int64_t some = least(count - x, tile);
     if (p.merge)
-      for (int64_t i = 0; i < some; ++i) before[i] = *lse_at(t, line, first + x + i);
-    for (int64_t i = 0; i < width; i += L) {
+      for (int64_t i = 0; i < count; ++i) before[i] = *lse_at(t, m, first + x + i);
+    for (int64_t i = 0; i < count; i += L) {
       Vec<A> top = Vec<A>{} + lowest, next = top, total = {};
       int64_t j = 0;
       for (; j + 2 <= p.length; j += 2) {
-        const Vec<A> a = load(s + j * tile + i), b = load(s + (j + 1) * tile + i);
+        const Vec<A> a = load(s + j * row + i), b = load(s + (j + 1) * row + i);
         top = a > top ? a : top, next = b > next ? b : next;
       }
-      for (; j < p.length; ++j) top = load(s + j * tile + i) > top ? load(s + j * tile + i) : top;
+      for (; j < p.length; ++j) top = load(s + j * row + i) > top ? load(s + j * row + i) : top;
       top = top > next ? top : next;
 #pragma GCC unroll 2
       for (j = 0; j < p.length; ++j) {
-        const Vec<A> weight = vexp<A>(load(s + j * tile + i) - top);
+        const Vec<A> weight = vexp<A>(load(s + j * row + i) - top);
         total += weight;
-        store(s + j * tile + i, weight);
+        store(s + j * row + i, weight);
       }
       const auto none = total == Vec<A>{};  // of a column without its pixel
       const Vec<A> safe = none ? Vec<A>{} + 1 : total;
@@ -174,246 +240,253 @@ struct Worker : Lines<T, A> {
       if (p.merge) {
         const Vec<A> old = load(before + i), most = old > log ? old : log;
         const Vec<A> both = most + vlog<A>(vexp<A>(old - most) + vexp<A>(log - most));
-        store(keep + line * row + x + i, vexp<A>(old - both));
+        store(keep + m.index * cells + x + i, vexp<A>(old - both));
         by *= vexp<A>(log - both);
         log = both;
       }
-      store(factor + line * row + x + i, by);
+      store(factor + m.index * cells + x + i, by);
       store(log_total + i, log);
     }
-    for (int64_t i = 0; i < some; ++i) *lse_at(t, line, first + x + i) = log_total[i];
+    for (int64_t i = 0; i < count; ++i) *lse_at(t, m, first + x + i) = log_total[i];
   }
 
-  void mix(const Task& t, int64_t line, int64_t x, int64_t count, int64_t channel, int64_t channels, const A* s) {
-    if (by_channels()) return mix_channels(t, x, least(count - x, tile), channel, channels, s);
-    const Panels panels(channels);
-    const int64_t width = width_of(count - x);
-    product(panels, v + line * wide_rows.rows() * p.length, p.length, s, tile, width, mixed, false);
-    for (int64_t i = 0; i < width; i += L) {
-      const Vec<A> by = load(factor + line * row + x + i);
-      for (int64_t c = 0; c < channels; ++c)
-        store(out + (line * channels + c) * row + x + i, load(mixed + c * tile + i) * by);
-    }
+  // Where the results' channels are innermost sums are of channels, elsewhere of pixels.
+  bool by_channels() const { return v->rows && p.out.innermost(); }
+  int64_t mix_blocks(int64_t channels) const {
+    return by_channels() ? blocks<A>(tile, channels) : blocks<A>(channels, tile);
   }
 
-  void give_out(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
-    if (by_channels()) return give_channels(t, channel, channels, first, count);
-    if (p.add || p.merge)
-      this->template fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1),
-                          [&](int64_t line, A* old, A*) {
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t x = 0; x < count; x += L) {
-            A* to = out + (line * channels + c) * row + x;
-            const Vec<A> before = load(old + c * long_row + x);
-            store(to, load(to) + (p.merge ? before * load(keep + line * row + x) : before));
-          }
-      });
-    give(p.out, t, p.dv, channel, channels, first, count, out, row, channels * row);
+  // Queries from x on of the round, which begins at `first`.
+  void mix(const Task& t, const Part& m, int64_t first, int64_t x, int64_t count, int64_t channel, int64_t channels,
+           const A* s) {
+    const A *by = factor + m.index * cells + x, *old = p.merge ? keep + m.index * cells + x : p.add ? ones : nullptr;
+    T* to = of_map(p.out, t, m, p.dv, channel, first + x);
+    if (by_channels())
+      return product_put<true>({s, 1, row}, count, {part(*v, m, channels), v->step}, channels, p.length, to,
+                               p.out.pixel, by, old);
+    const Scalars<A> values = channels_of(*v, m, channels);
+    if (p.out.pixel == 1)
+      product_put<false>(values, channels, {s, row}, count, p.length, to, p.out.c, by, old);
+    else
+      product_put<false>(values, channels, {s, row}, count, p.length, part(result, m, channels) + x, result.step, by,
+                         old);
   }
 
-  void forward(const Task& t) {
-    this->template fetch<true, false>(p.key, t, d, 0, d, 0, p.length, A(1), [&](int64_t line, A* plane, A*) {
-      to_panels(plane, long_row, d, keys, k + line * keys.rows() * d);
-    });
-    if (!chunked()) fetch_value(t, 0, chunk, false);
+  void forward(const Task& t, const Task* next) {
     for (int64_t first = t.first; first < t.last; first += p.round) {
-      const int64_t count = least(p.round, t.last - first);
-      fetch_query(t, first, count, false);
-      for (int64_t line = 0; line < t.lines; ++line)
-        for (int64_t x = 0; x < count; x += tile) {
-          A* s = scores + scores_at(line, x);
-          const int64_t width = width_of(count - x);
-          score(line, x, width, first, s);
-          softmax(t, line, x, width, first, count, s);
-          if (!chunked()) mix(t, line, x, count, 0, chunk, s);
-        }
-      if (!chunked()) {
-        give_out(t, 0, chunk, first, count);
-        continue;
-      }
+      const int64_t count = least(p.round, t.last - first), tiles = (count + tile - 1) / tile;
+      const auto weights = [&](const Part& m, int64_t x) {
+        A* s = of_part(scores, m, x);
+        const int64_t some = least(count - x, tile);
+        score(m, planar(*q, m, x, some, d, q_turned), first + x, some, s);
+        softmax(t, m, first, x, some, s);
+      };
       for (int64_t channel = 0; channel < p.dv; channel += chunk) {
         const int64_t channels = least(chunk, p.dv - channel);
-        fetch_value(t, channel, channels, false);
-        for (int64_t line = 0; line < t.lines; ++line)
-          for (int64_t x = 0; x < count; x += tile)
-            mix(t, line, x, count, channel, channels, scores + scores_at(line, x));
-        give_out(t, channel, channels, first, count);
+        begin(t, first, channel);
+        const bool staged = !by_channels() && p.out.pixel != 1;
+        if (chunked() && !channel)
+          for_parts(t, [&](const Part& m) {
+            for (int64_t x = 0; x < count; x += tile) weights(m, x);
+          });
+        const int64_t score_blocks = chunked() ? 0 : blocks<A>(p.length, tile);
+        ask_next(t, next, first, channel, t.lines * t.heads * tiles * (score_blocks + mix_blocks(channels)));
+        if (staged && (p.merge || p.add)) Base::copy(results_of(p.out, t, first, channel), 1, result);
+        for_parts(t, [&](const Part& m) {
+          for (int64_t x = 0; x < count; x += tile) {
+            if (!chunked()) weights(m, x);
+            mix(t, m, first, x, least(count - x, tile), channel, channels, of_part(scores, m, x));
+          }
+        });
+        if (staged) give(p.out, t, p.dv, channel, t.heads * channels, first, count, result, false);
       }
     }
   }
 
   // Backward's own: weights from the log-sum-exps.
-  void weigh(int64_t line, int64_t x, int64_t width, A* s) {
-    for (int64_t i = 0; i < width; i += L) {
-      const Vec<A> log = load(lse + line * row + x + i);
+  void weigh(const Part& m, int64_t x, int64_t count, A* s) const {
+    for (int64_t i = 0; i < count; i += L) {
+      const Vec<A> log = load(lse + m.index * cells + x + i);
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < p.length; ++j) store(s + j * tile + i, vexp<A>(load(s + j * tile + i) - log));
+      for (int64_t j = 0; j < p.length; ++j) store(s + j * row + i, vexp<A>(load(s + j * row + i) - log));
     }
   }
 
-  // Gradients of the scores in the place of those of the weights. Where one weight is nearly all, its gradient and delta
-  // nearly cancel: delta is a mean, of weights whose sum is 1 but for the rounding of the log-sum-exp, and what it is
-  // short of is taken from the differences.
-  void differentiate(int64_t line, int64_t x, int64_t width, const A* s, A* e) {
-    for (int64_t i = 0; i < width; i += L) {
+  // Gradients of the scores in the place of those of the weights. Where one weight is nearly all, its gradient and
+  // delta nearly cancel: delta is a mean, of weights whose sum is 1 but for the rounding of the log-sum-exp, and what
+  // it is short of is taken from the differences.
+  void differentiate(const Part& m, int64_t x, int64_t count, const A* s, A* e) const {
+    for (int64_t i = 0; i < count; i += L) {
       Vec<A> delta = {}, rest = {};
       if (p.delta_of_out || p.delta_given) {
-        delta = load(factor + line * row + x + i);
+        delta = load(factor + m.index * cells + x + i);
       } else {
         Vec<A> next = {}, total = {};
         int64_t j = 0;
         for (; j + 2 <= p.length; j += 2) {
-          const Vec<A> a = load(s + j * tile + i), b = load(s + (j + 1) * tile + i);
-          delta += a * load(e + j * tile + i), next += b * load(e + (j + 1) * tile + i);
+          const Vec<A> a = load(s + j * row + i), b = load(s + (j + 1) * row + i);
+          delta += a * load(e + j * row + i), next += b * load(e + (j + 1) * row + i);
           total += a + b;
         }
         for (; j < p.length; ++j) {
-          const Vec<A> a = load(s + j * tile + i);
-          delta += a * load(e + j * tile + i), total += a;
+          const Vec<A> a = load(s + j * row + i);
+          delta += a * load(e + j * row + i), total += a;
         }
         delta = (delta + next) / total;
-        for (j = 0; j < p.length; ++j) rest += load(s + j * tile + i) * (load(e + j * tile + i) - delta);
-        rest /= total;
+        Vec<A> other = {};
+        for (j = 0; j + 2 <= p.length; j += 2) {
+          rest += load(s + j * row + i) * (load(e + j * row + i) - delta);
+          other += load(s + (j + 1) * row + i) * (load(e + (j + 1) * row + i) - delta);
+        }
+        if (j < p.length) rest += load(s + j * row + i) * (load(e + j * row + i) - delta);
+        rest = (rest + other) / total;
       }
       for (int64_t j = 0; j < p.length; ++j) {
-        A* at = e + j * tile + i;
-        store(at, load(s + j * tile + i) * (load(at) - delta - rest));
+        A* at = e + j * row + i;
+        store(at, load(s + j * row + i) * (load(at) - delta - rest));
       }
     }
   }
 
-  void grad_queries(int64_t line, int64_t x, int64_t width, const A* e) {
-    product(narrow_rows, k_rows + line * narrow_rows.rows() * p.length, p.length, e, tile, width, mixed, false);
-    for (int64_t c = 0; c < d; ++c)
-      for (int64_t i = 0; i < width; i += L)
-        store(out + (line * d + c) * row + x + i, load(mixed + c * tile + i) * A(p.scale));
-  }
-  void grad_keys(int64_t line, int64_t x, int64_t count, const A* e, A* to) {
-    outer_product(keys, e, count, q_rows + (line * cells + x) * d_row, d_row, to, d_row);
+  // Of `count` queries from x on of the round.
+  void grad_queries(const Task& t, const Part& m, int64_t first, int64_t x, int64_t count, const A* e) {
+    T* to = of_map(p.grad_query, t, m, d, 0, first + x);
+    const A* old = p.add ? ones : nullptr;
+    if (k->rows && p.grad_query.innermost())
+      return product_put<true>({e, 1, row}, count, {part(*k, m, d), k->step}, d, p.length, to, p.grad_query.pixel,
+                               scales, old);
+    const Scalars<A> keys = channels_of(*k, m, d);
+    if (p.grad_query.pixel == 1)
+      product_put<false>(keys, d, {e, row}, count, p.length, to, p.grad_query.c, scales, old);
+    else
+      product_put<false>(keys, d, {e, row}, count, p.length, part(result, m, d) + x, result.step, scales,
+                         static_cast<const A*>(nullptr));
   }
 
-  // A chunk of grad_out, and the part of delta that goes through it.
-  void fetch_grad(const Task& t, int64_t channel, int64_t channels, int64_t first, int64_t count) {
-    this->template fetch<true, true>(p.grad_out, t, p.dv, channel, channels, first, count, A(1),
-                        [&](int64_t line, A* plane, A* in) {
+  // delta of both axes, the part of a chunk of channels.
+  void add_delta(const Part& m, int64_t channel, int64_t channels, int64_t count, Vectors<A> upstream) {
+    const Vectors<A> results = planar(*out, m, 0, count, channels, out_turned);
+    for (int64_t x = 0; x < count; x += L) {
+      Vec<A> sum = channel ? load(factor + m.index * cells + x) : Vec<A>{};
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t x = 0; x < round_up(count, tile); x += L)
-          store(g + (line * chunk + c) * row + x, load(plane + c * long_row + x));
-      A* to = g_rows + line * cells * c_row;
-      for (int64_t i = 0; i < round_up(count, tile) * round_up(channels, L); i += L) store(to + i, load(in + i));
-    });
-    if (!p.delta_of_out) return;
-    this->template fetch<true, false>(p.out, t, p.dv, channel, channels, first, count, A(1),
-                        [&](int64_t line, A* plane, A*) {
-      for (int64_t x = 0; x < round_up(count, tile); x += L) {
-        Vec<A> sum = channel ? load(factor + line * row + x) : Vec<A>{};
-        for (int64_t c = 0; c < channels; ++c)
-          sum += load(plane + c * long_row + x) * load(g + (line * chunk + c) * row + x);
-        store(factor + line * row + x, sum);
-      }
-    });
-  }
-
-  void fetch_rows(const Task& t, int64_t first, int64_t count) {
-    for (int64_t line = 0; line < t.lines; ++line) {
-      A* log = lse + line * row;
-      A* delta = factor + line * row;
-      for (int64_t x = 0; x < count; ++x) log[x] = *lse_at(t, line, first + x);
-      if (p.delta_given)
-        for (int64_t x = 0; x < count; ++x) delta[x] = *delta_at(t, line, first + x);
-      for (int64_t x = count; x < round_up(count, tile); ++x) log[x] = delta[x] = 0;
+        sum += load(results.at + c * results.step + x) * load(upstream.at + c * upstream.step + x);
+      store(factor + m.index * cells + x, sum);
     }
   }
 
-  static int64_t partial_rows(const Pass& p) {
-    return Panels(p.length).rows() * (round_up(p.d, L) + spread(round_up(p.dv, L)));
-  }
-  A* partial(const Task& t, int64_t line, int64_t piece) const {
-    const int64_t index = ((t.n * p.heads + t.head) * p.lines + t.line + line) * p.pieces + piece;
-    return static_cast<A*>(p.partial) + index * partial_rows(p);
+  void read_statistics(const Task& t, const Part& m, int64_t first, int64_t count) {
+    for (int64_t x = 0; x < count; ++x) lse[m.index * cells + x] = *lse_at(t, m, first + x);
+    if (p.delta_given)
+      for (int64_t x = 0; x < count; ++x) factor[m.index * cells + x] = *delta_at(t, m, first + x);
   }
 
-  void backward(const Task& t) {
+  // What the pieces and rounds of a line add to dk and dv, unless one task holds it.
+  static int64_t partial_size(const Pass& p) { return p.length * (row_of(p.d) + row_of(p.dv)); }
+  A* partial(const Task& t, const Part& m, int64_t piece) const {
+    const int64_t index = ((t.n * p.heads + t.head + m.head) * p.lines + t.line + m.line) * p.pieces + piece;
+    return static_cast<A*>(p.partial) + index * partial_size(p);
+  }
+
+  // Sums of a part, [pixel][step], to a gradient: at once, or turned for `give`.
+  void give_part(const Map& map, const Task& t, const Part& m, int64_t width, int64_t channel, int64_t channels,
+                 const A* sums, int64_t step, const Packed<A>& turned, bool add) {
+    if (!map.innermost()) return turn(sums, step, p.length, channels, part(turned, m, channels), turned.step);
+    T* to = of_map(map, t, m, width, channel, 0);
+    for (int64_t x = 0; x < p.length; ++x)
+      Base::template put<true>(to + x * map.pixel, 0, sums + x * step, 1, channels, static_cast<const A*>(nullptr),
+                               add ? ones : nullptr);
+  }
+  void give_parts(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t channels,
+                  const Packed<A>& turned, bool add) {
+    if (!map.innermost()) give(map, t, width, channel, t.heads * channels, 0, p.length, turned, add);
+  }
+
+  // dk += dS q; queries x to x + count of a part.
+  void grad_keys(const Both& queries, int64_t x, int64_t count, const A* e, A* to, bool add) {
+    product({e, row, 1}, p.length, {queries.rows.at + x * queries.rows.step, queries.rows.step}, d, count, to,
+            row_of(d), add);
+  }
+
+  void backward(const Task& t, const Task* next) {
     const bool whole = p.whole();
-    const int64_t piece = t.first / p.piece_length(), v_row = spread(round_up(p.dv, L));
-    const auto key_sums = [&](int64_t line) {
-      return whole ? dk + line * keys.rows() * d_row : partial(t, line, piece);
+    const int64_t piece = t.first / p.piece_length(), depth = p.length;
+    const auto key_sums = [&](const Part& m) { return whole ? dk : partial(t, m, piece); };
+    const auto give_keys = [&](const Part& m) {
+      if (whole) give_part(p.grad_key, t, m, d, 0, d, dk, row_of(d), key_turned, p.add);
     };
-    const auto value_sums = [&](int64_t line, int64_t channel) {
-      return whole ? dv + line * keys.rows() * c_row : partial(t, line, piece) + keys.rows() * d_row + channel;
-    };
-    const auto value_step = [&](int64_t channels) { return whole ? round_up(channels, L) : v_row; };
-    this->template fetch<true, true>(p.key, t, d, 0, d, 0, p.length, A(1), [&](int64_t line, A* plane, A* in) {
-      to_panels(plane, long_row, d, keys, k + line * keys.rows() * d);
-      to_panels(in, d_row, p.length, narrow_rows, k_rows + line * narrow_rows.rows() * p.length);
-    });
-    if (!chunked()) fetch_value(t, 0, chunk, true);
-    if (whole) zero(dk, p.group() * keys.rows() * d_row);
     for (int64_t first = t.first; first < t.last; first += p.round) {
       const int64_t count = least(p.round, t.last - first);
-      fetch_query(t, first, count, true);
-      fetch_rows(t, first, count);
       for (int64_t channel = 0; channel < p.dv; channel += chunk) {
-        const int64_t channels = least(chunk, p.dv - channel), step = round_up(channels, L);
-        if (chunked()) fetch_value(t, channel, channels, true);
-        fetch_grad(t, channel, channels, first, count);
-        if (whole) zero(dv, p.group() * keys.rows() * c_row);
-        for (int64_t line = 0; line < t.lines; ++line) {
-          A* values = value_sums(line, channel);
-          const A* upstream = g_rows + line * cells * c_row;
-          for (int64_t x = 0; x < count; x += tile) {
-            A *s = scores + scores_at(line, x), *e = grads + scores_at(line, x);
-            const int64_t width = width_of(count - x);
-            if (!channel) score(line, x, width, first, s), weigh(line, x, width, s);
-            product(keys, v + line * keys.rows() * chunk, channels, g + line * chunk * row + x, row, width, e,
-                    channel > 0);
-            if (chunked()) continue;
-            outer_product(keys, s, width, upstream + x * step, step, values, value_step(channels));
-            differentiate(line, x, width, s, e);
-            grad_queries(line, x, width, e);
-            grad_keys(line, x, width, e, key_sums(line));
-          }
-          if (chunked())
-            outer_product(keys, scores + scores_at(line, 0), round_up(count, L), upstream, step, values,
-                          value_step(channels));
-        }
-        if (whole)
-          give_rows(p.grad_value, t, p.dv, channel, channels, dv, step, keys.rows() * c_row, p.add_value);
-      }
-      if (p.delta_of_out)
-        for (int64_t line = 0; line < t.lines; ++line)
-          for (int64_t x = 0; x < count; ++x) *delta_at(t, line, first + x) = factor[line * row + x];
-      if (chunked())
-        for (int64_t line = 0; line < t.lines; ++line) {
-          for (int64_t x = 0; x < count; x += tile) {
-            A* e = grads + scores_at(line, x);
-            differentiate(line, x, width_of(count - x), scores + scores_at(line, x), e);
-            grad_queries(line, x, width_of(count - x), e);
-          }
-          grad_keys(line, 0, round_up(count, L), grads + scores_at(line, 0), key_sums(line));
-        }
-      if (p.add)
-        this->template fetch<true, false>(p.grad_query, t, d, 0, d, first, count, A(1), [&](int64_t line, A* old, A*) {
-          for (int64_t c = 0; c < d; ++c)
-            for (int64_t x = 0; x < count; x += L) {
-              A* to = out + (line * d + c) * row + x;
-              store(to, load(to) + load(old + c * long_row + x));
+        const int64_t channels = least(chunk, p.dv - channel), step = whole ? row_of(channels) : row_of(p.dv);
+        begin(t, first, channel);
+        ask_next(t, next, first, channel, t.lines * t.heads * (blocks<A>(depth, count) + blocks<A>(depth, channels)));
+        for_parts(t, [&](const Part& m) {
+          if (!channel) read_statistics(t, m, first, count);
+          const Both queries = both(*q, m, count, d, q_turned), upstream = both(*g, m, count, channels, g_turned);
+          if (p.delta_of_out) add_delta(m, channel, channels, count, upstream.planar);
+          A* value_sums = whole ? dv : partial(t, m, piece) + depth * row_of(d) + channel;
+          for (int64_t x = 0; x < count; x += strip) {
+            const int64_t some = least(strip, count - x);
+            A *s = of_part(scores, m, x), *e = of_part(grads, m, x);
+            if (!channel) {
+              score(m, {queries.planar.at + x, queries.planar.step}, first + x, some, s);
+              weigh(m, x, some, s);
             }
+            product(pixels_of(*v, m, channels), depth, {upstream.planar.at + x, upstream.planar.step}, some, channels,
+                    e, row, channel > 0);
+            product({s, row, 1}, depth, {upstream.rows.at + x * upstream.rows.step, upstream.rows.step}, channels, some,
+                    value_sums, step, !whole || x);
+            if (chunked()) continue;
+            differentiate(m, x, some, s, e);
+            grad_queries(t, m, first, x, some, e);
+            grad_keys(queries, x, some, e, key_sums(m), !whole || x);
+          }
+          if (whole) give_part(p.grad_value, t, m, p.dv, channel, channels, dv, step, value_turned, p.add_value);
+          if (!chunked()) give_keys(m);
         });
-      give(p.grad_query, t, d, 0, d, first, count, out, row, d * row);
+        if (whole) give_parts(p.grad_value, t, p.dv, channel, channels, value_turned, p.add_value);
+      }
+      for_parts(t, [&](const Part& m) {
+        if (p.delta_of_out)
+          for (int64_t x = 0; x < count; ++x) *delta_at(t, m, first + x) = factor[m.index * cells + x];
+        if (!chunked()) return;
+        A* e = of_part(grads, m, 0);
+        differentiate(m, 0, count, of_part(scores, m, 0), e);
+        grad_queries(t, m, first, 0, count, e);
+        grad_keys(both(*q, m, count, d, q_turned), 0, count, e, key_sums(m), !whole);
+        give_keys(m);
+      });
+      const bool staged = p.grad_query.pixel != 1 && !(k->rows && p.grad_query.innermost());
+      if (staged) give(p.grad_query, t, d, 0, t.heads * d, first, count, result, p.add);
     }
-    if (whole) give_rows(p.grad_key, t, d, 0, d, dk, d_row, keys.rows() * d_row, p.add);
+    if (whole) give_parts(p.grad_key, t, d, 0, d, key_turned, p.add);
   }
 
   // The pieces' sums of a line, in the place of the first.
   void add_pieces(const Task& t) {
-    A* sums = partial(t, 0, 0);
+    const Part m{0, 0, 0};
+    A* sums = partial(t, m, 0);
     for (int64_t piece = 1; piece < p.pieces; ++piece)
-      for (int64_t i = 0; i < partial_rows(p); i += L) store(sums + i, load(sums + i) + load(partial(t, 0, piece) + i));
-    give_rows(p.grad_key, t, d, 0, d, sums, d_row, 0, p.add);
-    for (int64_t channel = 0; channel < p.dv; channel += chunk)
-      give_rows(p.grad_value, t, p.dv, channel, least(chunk, p.dv - channel), sums + keys.rows() * d_row + channel,
-                spread(round_up(p.dv, L)), 0, p.add_value);
+      for (int64_t i = 0; i < partial_size(p); i += L) store(sums + i, load(sums + i) + load(partial(t, m, piece) + i));
+    give_part(p.grad_key, t, m, d, 0, d, sums, row_of(d), key_turned, p.add);
+    give_parts(p.grad_key, t, d, 0, d, key_turned, p.add);
+    for (int64_t channel = 0; channel < p.dv; channel += chunk) {
+      const int64_t channels = least(chunk, p.dv - channel);
+      give_part(p.grad_value, t, m, p.dv, channel, channels, sums + p.length * row_of(d) + channel, row_of(p.dv),
+                value_turned, p.add_value);
+      give_parts(p.grad_value, t, p.dv, channel, channels, value_turned, p.add_value);
+    }
+  }
+
+  // Calls function(task, the one after it) with the first one's loads on their way.
+  template <typename Function>
+  void for_tasks(int64_t begin, int64_t end, Function function) {
+    Task now = task(begin);
+    for (int64_t index = begin; index < end; ++index) {
+      const Task next = task(least(index + 1, end - 1));
+      function(now, index + 1 < end ? &next : nullptr);
+      now = next;
+    }
   }
 };
 
@@ -427,32 +500,37 @@ template <typename Function>
   }
 }
 
-// Calls function(worker, index) for the tasks from begin to end.
+// Calls function(worker).
 template <typename Function>
-void work(const Pass& p, bool backward, int64_t begin, int64_t end, Scratch& scratch, Function function) {
+void work(const Pass& p, bool backward, Scratch& scratch, Function function) {
   with_type(p.dtype, [&]<typename T>() {
-    Worker<T> worker(p);
+    Worker<T> worker(p, backward);
     Arena counted{nullptr};
-    worker.take_memory(counted, backward);
+    worker.take_memory(counted);
     Arena arena{scratch.zeroed(round_up(counted.used, 64))};
     if (!arena.base) return;
-    worker.take_memory(arena, backward);
-    for (int64_t index = begin; index < end; ++index) function(worker, index);
+    worker.take_memory(arena);
+    function(worker);
   });
 }
 
 void forward(const Pass& p, int64_t begin, int64_t end, Scratch& scratch) {
-  work(p, false, begin, end, scratch, [](auto& worker, int64_t index) { worker.forward(worker.task(index)); });
+  work(p, false, scratch, [&](auto& worker) {
+    worker.for_tasks(begin, end, [&](const auto& task, const auto* next) { worker.forward(task, next); });
+  });
 }
 void backward(const Pass& p, int64_t begin, int64_t end, Scratch& scratch) {
-  work(p, true, begin, end, scratch, [](auto& worker, int64_t index) { worker.backward(worker.task(index)); });
+  work(p, true, scratch, [&](auto& worker) {
+    worker.for_tasks(begin, end, [&](const auto& task, const auto* next) { worker.backward(task, next); });
+  });
 }
 void add_pieces(const Pass& p, int64_t begin, int64_t end, Scratch& scratch) {
-  work(p, true, begin, end, scratch,
-       [](auto& worker, int64_t index) { worker.add_pieces(worker.task(index * worker.p.pieces)); });
+  work(p, true, scratch, [&](auto& worker) {
+    for (int64_t index = begin; index < end; ++index) worker.add_pieces(worker.task(index * p.pieces));
+  });
 }
-int64_t partial_rows(const Pass& p) {
-  int64_t rows = 0;
-  with_type(p.dtype, [&]<typename T>() { rows = Worker<T>::partial_rows(p); });
-  return rows;
+int64_t partial_size(const Pass& p) {
+  int64_t size = 0;
+  with_type(p.dtype, [&]<typename T>() { size = Worker<T>::partial_size(p); });
+  return size;
 }

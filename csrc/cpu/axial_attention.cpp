@@ -5,12 +5,15 @@
 //              dq(p) = scale sum_j dS(p, j) k(j),   dk(j) = scale sum_p dS(p, j) q(p),   dv(j) = sum_p A(p, j) g(p)
 //
 // One pass per axis; a line and a head are a dense problem of their own. Its maps are read where they lie, whatever the
-// strides and the dtype, and packed: what is multiplied by queries in vectors into panels of scalars, queries into
-// rows. Scores stand as [key][32 queries], so that the softmax runs down the rows without a reduction across lanes and
-// feeds the next product as it is; every product keeps up to 14 x 2 vectors of sums in registers. Where neighbouring
-// lines share cache lines and pages (a column of an NCHW map), up to 32 are packed together; groups of 16 in a core's
-// own cache were slower, for each page is then looked up twice as often. Values whose packed line is larger than that
-// cache go in chunks, with the scores of a round of queries kept between them: memory is linear in a line's length.
+// strides and the dtype: the scalars of a product may have any order, and its vectors are of channels where those are
+// innermost, so that these operands stay in place; the others are copied in the order they have, or turned where they
+// are narrow. Scores stand as [key][32 queries]: the softmax runs down the rows without a reduction across lanes and
+// feeds the next product as it is. Every product keeps up to 14 x 2 vectors of sums in registers and writes them to
+// their place. Bound by the products, once memory keeps up: what comes next is asked of it between blocks of sums, and
+// heads (channels innermost) or lines (elsewhere) that share pages or cache lines are taken together, a column of an
+// NCHW map with up to 31 others. Panels of scalars, copies between the blocks and a whole line's scores were slower.
+// Values whose packed line is larger than a core's own cache go in chunks, with the scores of a round of queries kept
+// between them: memory is linear in a line's length.
 //
 // Composed, the second axis replaces the first one's result line by line; backward walks the axes in reverse, and
 // grad_value holds the gradient of that result between them. Joint, the column's pass leaves a result and a
@@ -36,6 +39,7 @@ struct Map {
   Map(const Strided& s, bool vertical)
       : data(s.data), n(s.n), c(s.c), line(vertical ? s.x : s.y), pixel(vertical ? s.y : s.x) {}
   // Lines lie side by side: one of them is a column of cache lines.
+  bool innermost() const { return c == 1 && pixel != 1; }
   bool interleaved() const { return pixel != 1 && c != 1 && line == 1; }
 };
 
@@ -50,6 +54,7 @@ struct Pass {
   bool delta_of_out, delta_given;  // joint, backward: delta is of both axes; the first pass takes it from out
 
   int64_t groups;  // of lines, packed together
+  int64_t head_group;  // heads of a line, too
   int64_t chunk;   // channels of the values at a time
   int64_t pieces;  // of a line's queries
   int64_t round;   // queries whose scores are held at a time
@@ -74,6 +79,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t cache = 3 << 19;   // bytes that packed lines may take: a core's own cache
 constexpr int64_t room = 7 << 20;    // the same of lines that share pages, which cost more to find than to read
+constexpr int64_t together = 1 << 20;  // the same of heads or lines that lie together
 constexpr int64_t part = 28;         // forward: and the part of all maps that they may take
 constexpr int64_t held = 8 << 20;    // bytes that the scores of a round may take
 
@@ -93,16 +99,22 @@ void plan(Pass& p, bool backward, std::initializer_list<Map> maps) {
   while (p.chunk > 128 && bytes(p.chunk) * (interleaved ? 16 : 1) > cache)
     p.chunk = p.chunk > 256 ? p.chunk / 2 / 16 * 16 : 64;
   const bool chunks = p.chunk < p.dv;
-  const int64_t line = bytes(p.chunk);
+  const int64_t line = bytes(p.chunk), maps_bytes = p.n * p.heads * p.lines * p.length * 2 * (p.d + p.dv) * size;
   // Equal groups, of which a few threads get as much work each.
-  p.groups = p.lines;
+  p.groups = p.lines, p.head_group = 1;
+  const int64_t several = 8 / larger(p.n * p.heads, 1);
+  const auto groups = [&](int64_t most) { return smaller(larger((p.lines + most - 1) / most, several), p.lines); };
   if (interleaved) {
-    const int64_t maps_bytes = p.n * p.heads * p.lines * p.length * 2 * (p.d + p.dv) * size;
     const int64_t space = backward ? room : smaller(room, maps_bytes / part);
-    const int64_t most = larger(4, smaller(32, space / line)), several = 8 / larger(p.n * p.heads, 1);
-    p.groups = smaller(larger((p.lines + most - 1) / most, several), (p.lines + 3) / 4);
+    p.groups = smaller(groups(larger(4, smaller(32, space / line))), (p.lines + 3) / 4);
+  } else if (!chunks && p.value.innermost()) {
+    while (p.head_group < p.heads && p.heads % (2 * p.head_group) == 0 && 2 * p.head_group * line <= together &&
+           p.n * p.heads * p.lines >= 16 * p.head_group)
+      p.head_group *= 2;
+  } else if (!chunks) {
+    p.groups = groups(larger(1, smaller(4, together / line)));
   }
-  const int64_t tasks = larger(p.n * p.heads * p.groups, 1);
+  const int64_t tasks = larger(p.n * p.heads / p.head_group * p.groups, 1);
   p.pieces = p.length < 512 ? 1 : larger(1, smaller((backward ? 4 : 8) / tasks, p.length / 256));
   const int64_t tiles = held / (p.group() * p.length * 32 * size * passes);
   p.round = chunks ? smaller(larger(tiles, 1) * 32, p.piece_length()) : p.piece_length();
@@ -133,21 +145,21 @@ void parallel(int64_t count, Function function) {
 }
 
 void run_forward(const Pass& p) {
-  parallel(p.n * p.heads * p.groups * p.pieces, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  parallel(p.n * (p.heads / p.head_group) * p.groups * p.pieces, [&](int64_t begin, int64_t end, Scratch& scratch) {
     SEGOPS_ISA_CALL(forward, p, begin, end, scratch);
   });
 }
 
 void run_backward(Pass p) {
   const int64_t size = p.dtype == DType::float64 ? 8 : 4;
-  const int64_t rows = SEGOPS_ISA_CALL(partial_rows, p);
-  const Buffer partial(p.whole() ? 0 : p.n * p.heads * p.lines * p.pieces * rows * size);
+  const int64_t sums = SEGOPS_ISA_CALL(partial_size, p);
+  const Buffer partial(p.whole() ? 0 : p.n * p.heads * p.lines * p.pieces * sums * size);
   p.partial = partial.data();
-  parallel(p.n * p.heads * p.groups * p.pieces, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  parallel(p.n * (p.heads / p.head_group) * p.groups * p.pieces, [&](int64_t begin, int64_t end, Scratch& scratch) {
     SEGOPS_ISA_CALL(backward, p, begin, end, scratch);
   });
   if (p.whole()) return;
-  p.groups = p.lines;
+  p.groups = p.lines, p.head_group = 1;
   parallel(p.n * p.heads * p.lines, [&](int64_t begin, int64_t end, Scratch& scratch) {
     SEGOPS_ISA_CALL(add_pieces, p, begin, end, scratch);
   });

@@ -209,14 +209,40 @@ def test_any_shape_on_cpu(n, heads, d, dv, h, w, mode, layout):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+LAYOUTS = {"nchw": (torch.contiguous_format,) * 3, "channels_last": (torch.channels_last,) * 3}
+LAYOUTS["query last"] = (torch.channels_last, torch.contiguous_format, torch.contiguous_format)
+LAYOUTS["value last"] = (torch.contiguous_format, torch.channels_last, torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_mode
+def test_heads_and_lines_together(mode, layout):
+    """Heads, or lines, are packed together where they lie together, and left in place where they may be."""
+    widths = (32, 32, 64)
+    tensors = [
+        torch.randn(1, width, 20, 300, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+        for width, memory_format in zip(widths, LAYOUTS[layout], strict=True)
+    ]
+    weight = torch.randn_like(tensors[2])
+    results = []
+    for backend in ("cpu", "reference"):
+        with segops.use_backend(backend):
+            out = axial_attention(*tensors, num_heads=4, scale=0.4, **mode)
+            with torch.no_grad():
+                again = axial_attention(*tensors, num_heads=4, scale=0.4, **mode)
+            results.append((out, again, *torch.autograd.grad(out, tensors, weight)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 3, 700), (1, 2, 700, 3), (1, 2, 1, 2100)], ids=str)
 @pytest.mark.parametrize("d_v", [3, 150])
-def test_lines_in_pieces(shape, d_v):
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_lines_in_pieces(shape, d_v, layout):
     """Long lines are cut into pieces, and wide values into chunks; composed, neither may replace what others read."""
-    query, key = torch.randn(2, *shape, dtype=torch.float64).unbind()
-    value = torch.randn(shape[0], d_v, *shape[2:], dtype=torch.float64)
-    leaves = [x.requires_grad_() for x in (query, key, value)]
-    weight = torch.randn_like(value)
+    tensors = [torch.randn(shape[0], c, *shape[2:], dtype=torch.float64) for c in (shape[1], shape[1], d_v)]
+    leaves = [x.to(memory_format=f).requires_grad_() for x, f in zip(tensors, LAYOUTS[layout], strict=True)]
+    weight = torch.randn_like(tensors[2])
     results = []
     for backend in ("cpu", "reference"):
         with segops.use_backend(backend):
