@@ -33,22 +33,25 @@ struct Worker : Lines<T, A> {
   const int64_t strip, row;       // queries whose scores are held, and the length of a row of them
   Operand q, k, v, g, out;
   Packed<A> result, key_turned, value_turned;
-  A *scores, *grads, *block, *q_turned, *g_turned, *out_turned, *dk, *dv;
+  A *scores, *grads, *block, *strip_of, *q_turned, *g_turned, *out_turned, *dk, *dv;
   A *lse, *factor, *keep, *scales, *ones;
 
   Worker(const Pass& p, bool is_backward)
       : Base{p}, is_backward(is_backward), d(p.d), chunk(p.chunk), cells(round_up(least(p.round, p.length), tile)),
-        strip(chunk < p.dv  ? cells
-              : is_backward ? least(cells, round_up(most(held_scores / p.length, 1), tile))
-                            : tile),
+        strip(is_backward ? least(cells, round_up(most(held_scores / p.length, 1), tile)) : tile),
         row(strip == tile ? tile : Base::spread(strip)) {}
 
   bool chunked() const { return chunk < p.dv; }
-  A* of_part(A* all, const Part& m, int64_t x) const { return chunked() ? all + m.line * p.length * row + x : all; }
+  bool far() const { return cells * int64_t(sizeof(A)) >= 4096; }
+  int64_t strips() const { return (cells + strip - 1) / strip; }
+  A* of_part(A* all, const Part& m, int64_t x) const {
+    return chunked() ? all + (m.line * strips() + x / strip) * p.length * row : all;
+  }
   static int64_t row_of(int64_t channels) { return Base::spread(round_up(channels, L)); }
 
   void take_memory(Arena& arena) {
-    const int64_t G = p.group(), H = p.head_group, parts = G * H, held = (chunked() ? G : 1) * p.length * row;
+    const int64_t G = p.group(), H = p.head_group, parts = G * H;
+    const int64_t held = (chunked() ? G * strips() : 1) * p.length * row;
     q.copy = pack(arena, p.query.innermost(), G, H * d, cells);
     k.copy = pack(arena, p.key.innermost(), G, H * d, p.length);
     v.copy = pack(arena, p.value.innermost(), G, H * chunk, p.length);
@@ -56,6 +59,7 @@ struct Worker : Lines<T, A> {
     scales = arena.take<A>(cells), ones = arena.take<A>(cells);
     scores = arena.take<A>(held);
     block = arena.take<A>(max_rows * 2 * L);
+    if (far()) strip_of = arena.take<A>((is_backward ? most(d, chunk) : d) * strip);
     const Map& to = is_backward ? p.grad_query : p.out;
     if (to.pixel != 1) result = pack(arena, false, G, H * (is_backward ? d : chunk), cells);
     const int64_t planar_cells = Base::spread(cells);
@@ -114,17 +118,18 @@ struct Worker : Lines<T, A> {
   void refer(Operand& operand, const Region& from, bool may) {
     const Map& map = from.map;
     const int64_t step = map.innermost() ? map.pixel : map.c;
-    if (!may || !(map.innermost() || map.pixel == 1) || sizeof(T) != sizeof(A) || step * int64_t(sizeof(T)) % 4096 == 0)
+    if (!may || sizeof(T) != sizeof(A) || step * int64_t(sizeof(T)) % 4096 == 0)
       return read(operand, from);
     operand.now = {reinterpret_cast<A*>(const_cast<T*>(from.from)), map.innermost(), step, map.line};
   }
   void begin(const Task& t, int64_t first, int64_t channel) {
     if (!channel) {
-      if (first == t.first) refer(k, keys_of(p.key, t), d % L == 0);
+      if (first == t.first) refer(k, keys_of(p.key, t), p.key.innermost() && d % L == 0);
       read(q, queries_of(p.query, t, first), A(p.scale));
     }
     const bool replaced = !is_backward && p.value.data == p.out.data;
-    refer(v, values_of(p.value, t, channel), !replaced && p.dv % L == 0);
+    const bool fits = p.value.innermost() ? p.dv % L == 0 : p.value.pixel == 1 && !is_backward;
+    refer(v, values_of(p.value, t, channel), fits && !replaced);
     if (!is_backward) return;
     refer(g, results_of(p.grad_out, t, first, channel), p.grad_out.innermost() && p.dv % L == 0);
     if (p.delta_of_out) read(out, results_of(p.out, t, first, channel));
@@ -189,6 +194,13 @@ struct Worker : Lines<T, A> {
     const int64_t step = Base::spread(round_up(count, tile));
     turn(from, packed.step, count, channels, space, step);
     return {space, step};
+  }
+  // Channels of long lines are pages apart, more of them than a core finds at once: a strip is taken out.
+  Vectors<A> near(Vectors<A> from, int64_t x, int64_t count, int64_t channels) const {
+    if (!far()) return {from.at + x, from.step};
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < count; i += L) store(strip_of + c * strip + i, load(from.at + c * from.step + x + i));
+    return {strip_of, strip};
   }
   Both both(const Packed<A>& packed, const Part& m, int64_t count, int64_t channels, A* space) const {
     const Vectors<A> as_it_is{part(packed, m, channels), packed.step};
@@ -278,7 +290,7 @@ struct Worker : Lines<T, A> {
       const auto weights = [&](const Part& m, int64_t x) {
         A* s = of_part(scores, m, x);
         const int64_t some = least(count - x, tile);
-        score(m, planar(*q, m, x, some, d, q_turned), first + x, some, s);
+        score(m, near(planar(*q, m, x, some, d, q_turned), 0, some, d), first + x, some, s);
         softmax(t, m, first, x, some, s);
       };
       for (int64_t channel = 0; channel < p.dv; channel += chunk) {
@@ -401,16 +413,28 @@ struct Worker : Lines<T, A> {
     if (!map.innermost()) give(map, t, width, channel, t.heads * channels, 0, p.length, turned, add);
   }
 
-  // dk += dS q; queries x to x + count of a part.
-  void grad_keys(const Both& queries, int64_t x, int64_t count, const A* e, A* to, bool add) {
-    product({e, row, 1}, p.length, {queries.rows.at + x * queries.rows.step, queries.rows.step}, d, count, to,
-            row_of(d), add);
+  // to[key] (+)= sum of weights[strip][key][query] rows[query]: a block of sums stays in the nearest cache meanwhile.
+  void sum_queries(const A* weights, Vectors<A> rows, int64_t width, int64_t count, A* to, int64_t to_step, bool add) {
+    for_blocks<A>(p.length, width, [&](int64_t i, int64_t some, int64_t c, int64_t columns) {
+      for (int64_t x = 0; x < count; x += strip)
+        multiply<A>(some, columns > L, {weights + (x / strip * p.length + i) * row, row, 1},
+                    {rows.at + x * rows.step + c, rows.step}, least(strip, count - x), to + i * to_step + c, to_step,
+                    add || x);
+      this->advance();
+    });
   }
 
   void backward(const Task& t, const Task* next) {
     const bool whole = p.whole();
     const int64_t piece = t.first / p.piece_length(), depth = p.length;
-    const auto key_sums = [&](const Part& m) { return whole ? dk : partial(t, m, piece); };
+    const auto grad_scores = [&](const Part& m, int64_t first, int64_t x, int64_t count) {
+      differentiate(m, x, count, of_part(scores, m, x), of_part(grads, m, x));
+      grad_queries(t, m, first, x, count, of_part(grads, m, x));
+    };
+    const auto grad_keys = [&](const Part& m, const Both& queries, int64_t x, int64_t count) {
+      const Vectors<A> rows{queries.rows.at + x * queries.rows.step, queries.rows.step};
+      sum_queries(of_part(grads, m, x), rows, d, count, whole ? dk : partial(t, m, piece), row_of(d), !whole || x);
+    };
     const auto give_keys = [&](const Part& m) {
       if (whole) give_part(p.grad_key, t, m, d, 0, d, dk, row_of(d), key_turned, p.add);
     };
@@ -429,18 +453,18 @@ struct Worker : Lines<T, A> {
             const int64_t some = least(strip, count - x);
             A *s = of_part(scores, m, x), *e = of_part(grads, m, x);
             if (!channel) {
-              score(m, {queries.planar.at + x, queries.planar.step}, first + x, some, s);
+              score(m, near(queries.planar, x, some, d), first + x, some, s);
               weigh(m, x, some, s);
             }
-            product(pixels_of(*v, m, channels), depth, {upstream.planar.at + x, upstream.planar.step}, some, channels,
-                    e, row, channel > 0);
-            product({s, row, 1}, depth, {upstream.rows.at + x * upstream.rows.step, upstream.rows.step}, channels, some,
-                    value_sums, step, !whole || x);
+            product(pixels_of(*v, m, channels), depth, near(upstream.planar, x, some, channels), some, channels, e, row,
+                    channel > 0);
             if (chunked()) continue;
-            differentiate(m, x, some, s, e);
-            grad_queries(t, m, first, x, some, e);
-            grad_keys(queries, x, some, e, key_sums(m), !whole || x);
+            const Vectors<A> rows{upstream.rows.at + x * upstream.rows.step, upstream.rows.step};
+            sum_queries(s, rows, channels, some, value_sums, step, !whole || x);
+            grad_scores(m, first, x, some);
+            grad_keys(m, queries, x, some);
           }
+          if (chunked()) sum_queries(of_part(scores, m, 0), upstream.rows, channels, count, value_sums, step, !whole);
           if (whole) give_part(p.grad_value, t, m, p.dv, channel, channels, dv, step, value_turned, p.add_value);
           if (!chunked()) give_keys(m);
         });
@@ -450,10 +474,9 @@ struct Worker : Lines<T, A> {
         if (p.delta_of_out)
           for (int64_t x = 0; x < count; ++x) *delta_at(t, m, first + x) = factor[m.index * cells + x];
         if (!chunked()) return;
-        A* e = of_part(grads, m, 0);
-        differentiate(m, 0, count, of_part(scores, m, 0), e);
-        grad_queries(t, m, first, 0, count, e);
-        grad_keys(both(*q, m, count, d, q_turned), 0, count, e, key_sums(m), !whole);
+        const Both queries = both(*q, m, count, d, q_turned);
+        for (int64_t x = 0; x < count; x += strip) grad_scores(m, first, x, least(strip, count - x));
+        grad_keys(m, queries, 0, count);
         give_keys(m);
       });
       const bool staged = p.grad_query.pixel != 1 && !(k->rows && p.grad_query.innermost());
