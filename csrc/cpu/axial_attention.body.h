@@ -109,7 +109,8 @@ struct Worker : Lines<T, A> {
     return region(map, t, p.dv, channel, channels, first, least(p.round, t.last - first));
   }
 
-  void read(Operand& operand, const Region& from, A by = 1) {
+  // noipa: GCC 12, across functions, takes `now` of a bfloat16 operand for what it was before the call.
+  [[gnu::noipa]] void read(Operand& operand, const Region& from, A by = 1) {
     operand.now = operand.copy;
     Base::copy(from, by, operand.copy);
   }
