@@ -38,8 +38,8 @@ struct Map {
   Map() = default;
   Map(const Strided& s, bool vertical)
       : data(s.data), n(s.n), c(s.c), line(vertical ? s.x : s.y), pixel(vertical ? s.y : s.x) {}
+  bool innermost() const { return c == 1 && pixel != 1; }  // channels lie together
   // Lines lie side by side: one of them is a column of cache lines.
-  bool innermost() const { return c == 1 && pixel != 1; }
   bool interleaved() const { return pixel != 1 && c != 1 && line == 1; }
 };
 
@@ -53,12 +53,12 @@ struct Pass {
   bool add_value;     // backward: dv too
   bool delta_of_out, delta_given;  // joint, backward: delta is of both axes; the first pass takes it from out
 
-  int64_t groups;  // of lines, packed together
+  int64_t groups;      // of lines, packed together
   int64_t head_group;  // heads of a line, too
-  int64_t chunk;   // channels of the values at a time
-  int64_t pieces;  // of a line's queries
-  int64_t round;   // queries whose scores are held at a time
-  void* partial;   // backward, unless one round holds a line: what every piece adds to dk and dv
+  int64_t chunk;       // channels of the values at a time
+  int64_t pieces;      // of a line's queries
+  int64_t round;       // queries whose scores are held at a time
+  void* partial;       // backward, unless one round holds a line: what every piece adds to dk and dv
 
   int64_t group() const { return (lines + groups - 1) / groups; }  // lines of the largest
   int64_t first_line(int64_t of) const { return of * lines / groups; }
@@ -77,11 +77,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t cache = 3 << 19;   // bytes that packed lines may take: a core's own cache
-constexpr int64_t room = 7 << 20;    // the same of lines that share pages, which cost more to find than to read
+constexpr int64_t cache = 3 << 19;     // bytes that packed lines may take: a core's own cache
+constexpr int64_t room = 7 << 20;      // the same of lines that share pages, which cost more to find than to read
+constexpr int64_t part = 28;           // forward: and the part of all maps that they may take
 constexpr int64_t together = 1 << 20;  // the same of heads or lines that lie together
-constexpr int64_t part = 28;         // forward: and the part of all maps that they may take
-constexpr int64_t held = 8 << 20;    // bytes that the scores of a round may take
+constexpr int64_t held = 8 << 20;      // bytes that the scores of a round may take
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

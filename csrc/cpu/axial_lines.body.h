@@ -35,44 +35,48 @@ struct Lines {
     return packed;
   }
 
-  // A task's part of a map, in units of about a kilobyte that lies together.
+  // A task's part of a map: runs of elements that lie together, [outer][inner], in units of about a kilobyte.
   struct Region {
     const T* from = nullptr;
     Map map;
     int64_t lines = 0, channels = 0, count = 0;
-    int64_t pixels = 0, per_line = 0, units = 0;  // of a unit, where a row is a pixel; units of a line or a channel
+    int64_t outer = 0, inner = 0, outer_step = 0, inner_step = 0, run = 0;  // run: length
+    int64_t span = 1, per_outer = 0, units = 0;                             // span: runs of a unit
 
     Region() = default;
     Region(const T* from, const Map& map, int64_t lines, int64_t channels, int64_t count)
         : from(from), map(map), lines(lines), channels(channels), count(count) {
-      pixels = map.innermost() ? most(1, 1024 / (channels * int64_t(sizeof(T)))) : map.interleaved() ? L : count;
-      per_line = (count + pixels - 1) / pixels;
-      units = per_line * (map.innermost() ? lines : channels);
+      if (map.innermost()) {
+        outer = lines, outer_step = map.line, inner = count, inner_step = map.pixel, run = channels;
+        span = most(1, 1024 / (channels * int64_t(sizeof(T))));
+      } else if (map.interleaved()) {
+        outer = channels, outer_step = map.c, inner = count, inner_step = map.pixel, run = lines;
+        span = L;
+      } else {
+        outer = channels, outer_step = map.c, inner = lines, inner_step = map.line, run = map.pixel == 1 ? count : 1;
+        span = lines;
+      }
+      per_outer = (inner + span - 1) / span, units = outer * per_outer;
     }
-    // Distance of rows: if it divides the sets of the second cache, that holds few of them.
+    // Distance of runs: if it divides the sets of the second cache, that holds few of them.
     bool crowded() const { return (map.innermost() ? map.pixel : map.c) * int64_t(sizeof(T)) % 65536 == 0; }
 
-    // function(elements that lie together, how many)
-    template <typename Function>
-    void for_rows(int64_t unit, Function function) const {
-      const int64_t first = unit % per_line * pixels, last = least(first + pixels, count), other = unit / per_line;
-      if (map.innermost())
-        for (int64_t x = first; x < last; ++x) function(from + other * map.line + x * map.pixel, channels);
-      else if (map.interleaved())
-        for (int64_t x = first; x < last; ++x) function(from + other * map.c + x * map.pixel, lines);
-      else if (map.pixel == 1)
-        for (int64_t line = 0; line < lines; ++line) function(from + other * map.c + line * map.line, count);
+    const char* bytes(int64_t i, int64_t j) const {
+      return reinterpret_cast<const char*>(from + i * outer_step + j * inner_step);
     }
-    template <int Locality>
+    int64_t run_bytes() const { return run * int64_t(sizeof(T)); }
+    int64_t cache_lines() const { return outer * inner * (run_bytes() / 64 + 1); }
+
     void ask(int64_t unit) const {
-      for_rows(unit, [](const T* row, int64_t length) {
-        const char* bytes = reinterpret_cast<const char*>(row);
-        for (int64_t i = 0; i < length * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, Locality);
-        __builtin_prefetch(bytes + length * sizeof(T) - 1, 0, Locality);
-      });
+      const int64_t first = unit % per_outer * span, last = least(first + span, inner);
+      for (int64_t j = first; j < last; ++j) {
+        const char* at = bytes(unit / per_outer, j);
+        for (int64_t i = 0; i < run_bytes(); i += 64) __builtin_prefetch(at + i);
+        __builtin_prefetch(at + run_bytes() - 1);
+      }
     }
     void copy(int64_t unit, A by, const Packed<A>& to) const {
-      const int64_t first = unit % per_line * pixels, last = least(first + pixels, count), other = unit / per_line;
+      const int64_t first = unit % per_outer * span, last = least(first + span, inner), other = unit / per_outer;
       if (map.innermost()) {
         for (int64_t x = first; x < last; ++x) {
           const T* row = from + other * map.line + x * map.pixel;
@@ -127,55 +131,40 @@ struct Lines {
   }
 
   static void copy(const Region& from, A by, const Packed<A>& to) {
-    const int64_t ahead = from.map.interleaved() ? from.per_line : 2;  // units whose memory is asked for
+    const int64_t ahead = from.map.interleaved() ? from.per_outer : 2;  // units whose memory is asked for
     for (int64_t unit = 0; unit < from.units; ++unit) {
-      if (unit + ahead < from.units) from.template ask<3>(unit + ahead);
+      if (unit + ahead < from.units) from.ask(unit + ahead);
       from.copy(unit, by, to);
     }
   }
 
   // What will be read next is asked of memory between blocks of products, a few cache lines at a time: more would keep
   // the products' own reads waiting.
-  struct Rows {
-    const char* at;
-    int64_t outer, outer_step, inner, inner_step, bytes;
-    int64_t lines() const { return outer * inner * (bytes / 64 + 1); }
-  };
-  Rows next[5];
+  Region next[5];
   int regions = 0, current = 0;
   int64_t outer = 0, inner = 0, byte = 0, pace = 0;
 
+  void forget() { regions = current = 0, outer = inner = byte = 0; }
   void later(const Region& r) {
-    if (r.crowded()) return;
-    const int64_t S = sizeof(T);
-    const Map& map = r.map;
-    const bool innermost = map.innermost(), interleaved = map.interleaved();
-    Rows& rows = next[regions++];
-    rows.at = reinterpret_cast<const char*>(r.from);
-    rows.outer = innermost ? r.lines : r.channels, rows.outer_step = (innermost ? map.line : map.c) * S;
-    rows.inner = innermost || interleaved ? r.count : r.lines;
-    rows.inner_step = (innermost || interleaved ? map.pixel : map.line) * S;
-    rows.bytes = (innermost ? r.channels : interleaved ? r.lines : r.count) * S;
+    if (!r.crowded()) next[regions++] = r;
   }
   // Spreads them over so many blocks.
   void spread_over(int64_t count) {
-    int64_t lines = 0;
-    for (int i = 0; i < regions; ++i) lines += next[i].lines();
-    pace = (lines + count - 1) / count;
+    int64_t all = 0;
+    for (int i = 0; i < regions; ++i) all += next[i].cache_lines();
+    pace = (all + count - 1) / count;
   }
   void advance() {
     for (int64_t i = 0; i < pace && current < regions; ++i) {
-      const Rows& rows = next[current];
-      const char* row = rows.at + outer * rows.outer_step + inner * rows.inner_step;
-      __builtin_prefetch(row + least(byte, rows.bytes - 1), 0, 2);
-      if ((byte += 64) < rows.bytes + 64) continue;
+      const Region& r = next[current];
+      __builtin_prefetch(r.bytes(outer, inner) + least(byte, r.run_bytes() - 1), 0, 2);
+      if ((byte += 64) < r.run_bytes() + 64) continue;
       byte = 0;
-      if (++inner < rows.inner) continue;
+      if (++inner < r.inner) continue;
       inner = 0;
-      if (++outer == rows.outer) outer = 0, ++current;
+      if (++outer == r.outer) outer = 0, ++current;
     }
   }
-  void forget() { regions = current = 0, outer = inner = byte = 0; }
 
   // Writes a block of sums, [n][two vectors], to rows of a result: block * by (+ what is there * keep). by and keep are
   // of pixels, which the rows are, or the columns; none is 1, and nothing kept.
