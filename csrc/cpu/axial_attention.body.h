@@ -44,12 +44,16 @@ struct Worker : Lines<T, A> {
     return most(channels * Base::spread(cells), cells * row_of(channels)) + 2 * L;
   }
 
-  void take_memory(Arena& arena, const Map& results, int64_t result_channels, int64_t strip_channels) {
-    const int64_t G = p.group(), H = p.head_group;
+  // once: queries and keys are not read again after a task's scores, and leave their place to values and results.
+  void take_memory(Arena& arena, bool once, const Map& results, int64_t result_channels, int64_t strip_channels) {
+    const int64_t G = p.group(), H = p.head_group, start = arena.used;
     q_copy = pack(arena, p.query.innermost(), G, H * d, cells);
     k_copy = pack(arena, p.key.innermost(), G, H * d, p.length);
+    const int64_t end = arena.used;
+    if (once) arena.used = start;
     v_copy = pack(arena, p.value.innermost(), G, H * chunk, p.length);
     if (results.pixel != 1) result = pack(arena, false, G, H * result_channels, cells);
+    arena.used = most(arena.used, end);
     scores = arena.take<A>(held());
     block = arena.take<A>(max_rows * 2 * L);
     if (far()) strip_of = arena.take<A>(strip_channels * strip);

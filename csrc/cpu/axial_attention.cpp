@@ -79,33 +79,36 @@ using torch::stable::Tensor;
 
 constexpr int64_t cache = 3 << 19;     // bytes that packed lines may take: a core's own cache
 constexpr int64_t room = 7 << 20;      // the same of lines that share pages, which cost more to find than to read
-constexpr int64_t part = 28;           // forward: and the part of all maps that they may take
+constexpr int64_t part = 24;           // forward: and the part of all maps that they may take
 constexpr int64_t together = 1 << 20;  // the same of heads or lines that lie together
 constexpr int64_t held = 8 << 20;      // bytes that the scores of a round may take
 
+int64_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // From shapes, strides and dtype alone.
 void plan(Pass& p, bool backward, std::initializer_list<Map> maps) {
-  const int64_t size = p.dtype == DType::float64 ? 8 : 4, passes = backward ? 2 : 1;
+  const int64_t size = larger(bytes_of(p.dtype), 4), passes = backward ? 2 : 1;
   bool interleaved = false;
   for (const Map& map : maps) interleaved |= map.interleaved();
   const auto bytes = [&](int64_t chunk) {  // of a packed line
-    return p.length * size * (backward ? 6 * (p.d + chunk) : 2 * p.d + 3 * chunk) +
-           (chunk < p.dv ? smaller(p.length * p.length * size * passes, held / 8) : 0);
+    const bool chunks = chunk < p.dv;
+    const int64_t channels = backward ? 6 * (p.d + chunk) : chunks ? 2 * larger(p.d, chunk) : 2 * p.d + 3 * chunk;
+    return p.length * size * channels + (chunks ? smaller(p.length * p.length * size * passes, held / 8) : 0);
   };
   p.chunk = p.dv;
   while (p.chunk > 128 && bytes(p.chunk) * (interleaved ? 16 : 1) > cache)
     p.chunk = p.chunk > 256 ? p.chunk / 2 / 16 * 16 : 64;
   const bool chunks = p.chunk < p.dv;
-  const int64_t line = bytes(p.chunk), maps_bytes = p.n * p.heads * p.lines * p.length * 2 * (p.d + p.dv) * size;
+  const int64_t line = bytes(p.chunk);
+  const int64_t all = p.n * p.heads * p.lines * p.length * 2 * (p.d + p.dv) * bytes_of(p.dtype);
   // Equal groups, of which a few threads get as much work each.
   p.groups = p.lines, p.head_group = 1;
   const int64_t several = 8 / larger(p.n * p.heads, 1);
   const auto groups = [&](int64_t most) { return smaller(larger((p.lines + most - 1) / most, several), p.lines); };
   if (interleaved) {
-    const int64_t space = backward ? room : smaller(room, maps_bytes / part);
+    const int64_t space = backward ? room : smaller(room, all / part);
     p.groups = smaller(groups(larger(4, smaller(32, space / line))), (p.lines + 3) / 4);
   } else if (!chunks && p.value.innermost()) {
     while (p.head_group < p.heads && p.heads % (2 * p.head_group) == 0 && 2 * p.head_group * line <= together &&
@@ -151,7 +154,7 @@ void run_forward(const Pass& p) {
 }
 
 void run_backward(Pass p) {
-  const int64_t size = p.dtype == DType::float64 ? 8 : 4;
+  const int64_t size = larger(bytes_of(p.dtype), 4);
   const int64_t sums = SEGOPS_ISA_CALL(partial_size, p);
   const Buffer partial(p.whole() ? 0 : p.n * p.heads * p.lines * p.pieces * sums * size);
   p.partial = partial.data();
@@ -210,8 +213,7 @@ void axial_attention(const Tensor& out, const Tensor& first, const Tensor& lse, 
   for (int i = 0; i < order.count; ++i)
     plan(passes[i], false, {passes[i].query, passes[i].key, passes[i].value, passes[i].out});
   const bool apart = composed && !first.numel() && !passes[1].whole();
-  const int64_t size = passes[0].dtype == DType::float64 ? 8 : passes[0].dtype == DType::float32 ? 4 : 2;
-  const Buffer kept(apart ? out.numel() * size : 0);
+  const Buffer kept(apart ? out.numel() * bytes_of(passes[0].dtype) : 0);
   if (apart) {
     between.data = kept.data();
     between.x = 1, between.y = out.size(3), between.c = between.y * out.size(2), between.n = between.c * out.size(1);
@@ -230,7 +232,7 @@ void axial_attention_backward(const Tensor& grad_query, const Tensor& grad_key, 
   for (const Tensor* gradient : {&grad_query, &grad_key, &grad_value}) expect_writes(*gradient);
   const Axes order(axes);
   const bool composed = order.count == 2 && combine == 0;
-  const int64_t size = dtype_of(lse) == DType::float64 ? 8 : 4, pixels = query.size(2) * query.size(3);
+  const int64_t size = bytes_of(dtype_of(lse)), pixels = query.size(2) * query.size(3);
   const Buffer deltas(combine == 2 ? query.size(0) * num_heads * pixels * size : 0);
   Strided delta;
   delta.data = deltas.data();

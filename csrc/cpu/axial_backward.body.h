@@ -20,7 +20,7 @@ struct Backward : Worker<T> {
 
   void take_memory(Arena& arena) {
     const int64_t G = p.group(), H = p.head_group;
-    Base::take_memory(arena, p.grad_query, d, most(d, chunk));
+    Base::take_memory(arena, false, p.grad_query, d, most(d, chunk));
     g_copy = this->pack(arena, p.grad_out.innermost(), G, H * chunk, cells);
     g_turned = arena.take<A>(Base::turned_size(chunk, cells));
     if (p.delta_of_out) {

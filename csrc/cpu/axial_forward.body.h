@@ -14,7 +14,7 @@ struct Forward : Worker<T> {
   explicit Forward(const Pass& p) : Base(p, tile) {}
 
   void take_memory(Arena& arena) {
-    Base::take_memory(arena, p.out, chunk, d);
+    Base::take_memory(arena, chunked() && p.round >= p.piece_length(), p.out, chunk, d);
     const int64_t parts = p.group() * p.head_group;
     factor = arena.take<A>(parts * cells), keep = arena.take<A>(parts * cells);
   }
@@ -91,12 +91,12 @@ struct Forward : Worker<T> {
         softmax(t, m, r.first, x, some, s);
       };
       if (!r.channel) this->read_keys_and_queries(r);
-      v = this->refer(this->values_of(p.value, t, r.channel), this->v_copy, in_place);
-      const bool staged = !by_channels() && p.out.pixel != 1;
       if (chunked() && !r.channel)
         Base::for_parts(t, [&](const Part& m) {
           for (int64_t x = 0; x < count; x += tile) weights(m, x);
         });
+      v = this->refer(this->values_of(p.value, t, r.channel), this->v_copy, in_place);
+      const bool staged = !by_channels() && p.out.pixel != 1;
       this->forget();
       if (const Round then = this->after(r, next); then.task) this->later_operands(then);
       const int64_t score_blocks = chunked() ? 0 : blocks<A>(p.length, tile);

@@ -29,7 +29,7 @@ struct Lines {
   }
   static Packed<A> pack(Arena& arena, bool rows, int64_t lines, int64_t channels, int64_t pixels) {
     Packed<A> packed{nullptr, rows};
-    packed.step = spread(rows ? round_up(channels, L) : round_up(pixels, tile));
+    packed.step = spread(round_up(rows ? channels : pixels, L));
     packed.line_step = packed.step * (rows ? pixels : channels);
     packed.data = arena.take<A>(lines * packed.line_step + 2 * L);
     return packed;
