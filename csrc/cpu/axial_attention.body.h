@@ -21,24 +21,23 @@ struct Worker : Lines<T, A> {
   };
 
   const int64_t d, chunk, cells;  // cells: pixels of a round, in whole tiles
-  const int64_t strip, row;       // queries whose scores are held, and the length of a row of them
+  const int64_t strip, row;       // queries whose scores stand side by side, and the distance of their rows
+  const int64_t strips;           // of a round
   Packed<A> q, k, v;              // a task's lines, in place or copied
   Packed<A> q_copy, k_copy, v_copy;
   Packed<A> result;               // planar, where sums cannot be written to the map
   A *scores, *block, *strip_of, *q_turned, *ones;
 
-  Worker(const Pass& p, int64_t strip)
-      : Base{p}, d(p.d), chunk(p.chunk), cells(cells_of(p)), strip(strip),
-        row(strip == tile ? tile : Base::spread(strip)) {}
+  Worker(const Pass& p, int64_t strip, int64_t row, int64_t strips)
+      : Base{p}, d(p.d), chunk(p.chunk), cells(cells_of(p)), strip(strip), row(row), strips(strips) {}
 
   static int64_t cells_of(const Pass& p) { return round_up(least(p.round, p.length), tile); }
   static int64_t row_of(int64_t channels) { return Base::spread(round_up(channels, L)); }
   bool chunked() const { return chunk < p.dv; }
   bool far() const { return cells * int64_t(sizeof(A)) >= 4096; }
-  int64_t strips() const { return (cells + strip - 1) / strip; }
-  int64_t held() const { return (chunked() ? p.group() * strips() : 1) * p.length * row; }  // scores, in elements
+  int64_t held() const { return (chunked() ? p.group() * strips : 1) * p.length * row; }  // scores, in elements
   A* of_part(A* all, const Part& m, int64_t x) const {
-    return chunked() ? all + (m.line * strips() + x / strip) * p.length * row : all;
+    return chunked() ? all + (m.line * strips + x / strip) * p.length * row : all;
   }
   static int64_t turned_size(int64_t channels, int64_t cells) {
     return most(channels * Base::spread(cells), cells * row_of(channels)) + 2 * L;
@@ -56,7 +55,7 @@ struct Worker : Lines<T, A> {
     arena.used = most(arena.used, end);
     scores = arena.take<A>(held());
     block = arena.take<A>(max_rows * 2 * L);
-    if (far()) strip_of = arena.take<A>(strip_channels * strip);
+    if (far()) strip_of = arena.take<A>(strip_channels * row);
     q_turned = arena.take<A>(turned_size(d, cells));
     ones = arena.take<A>(cells);
     if (arena.base)
@@ -170,8 +169,8 @@ struct Worker : Lines<T, A> {
   Vectors<A> near(Vectors<A> from, int64_t x, int64_t count, int64_t channels) const {
     if (!far()) return {from.at + x, from.step};
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < count; i += L) store(strip_of + c * strip + i, load(from.at + c * from.step + x + i));
-    return {strip_of, strip};
+      for (int64_t i = 0; i < count; i += L) store(strip_of + c * row + i, load(from.at + c * from.step + x + i));
+    return {strip_of, row};
   }
 
   A* lse_at(const Task& t, const Part& m, int64_t pixel) const { return of_pixel(p.lse, t, m, pixel); }

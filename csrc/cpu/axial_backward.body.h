@@ -16,7 +16,9 @@ struct Backward : Worker<T> {
   A *lse, *delta, *scales;  // of the queries
 
   explicit Backward(const Pass& p)
-      : Base(p, least(Base::cells_of(p), round_up(most(held_scores / p.length, 1), tile))) {}
+      : Backward(p, least(Base::cells_of(p), round_up(most(held_scores / p.length, 1), tile))) {}
+  Backward(const Pass& p, int64_t strip)
+      : Base(p, strip, Base::spread(strip), (Base::cells_of(p) + strip - 1) / strip) {}
 
   void take_memory(Arena& arena) {
     const int64_t G = p.group(), H = p.head_group;

@@ -11,7 +11,15 @@ struct Forward : Worker<T> {
 
   A *factor, *keep;  // of the queries: what their sums are multiplied by, and what is there already
 
-  explicit Forward(const Pass& p) : Base(p, tile) {}
+  // Lines are often a few pixels longer than whole tiles: the last tile takes them.
+  static constexpr int64_t widest = tile + Base::L;
+
+  explicit Forward(const Pass& p)
+      : Base(p, tile, widest, most(1, (least(p.round, p.length) - widest + 2 * tile - 1) / tile)) {}
+  template <typename Function>
+  static void for_tiles(int64_t count, Function function) {
+    for (int64_t x = 0, some; x < count; x += some) function(x, some = count - x <= widest ? count - x : tile);
+  }
 
   void take_memory(Arena& arena) {
     Base::take_memory(arena, chunked() && p.round >= p.piece_length(), p.out, chunk, d);
@@ -21,7 +29,7 @@ struct Forward : Worker<T> {
 
   // Scores to unnormalised weights; their factor, and what remains of the result in place.
   void softmax(const Task& t, const Part& m, int64_t first, int64_t x, int64_t count, A* s) {
-    A log_total[tile], before[tile] = {};
+    A log_total[widest], before[widest] = {};
     if (p.merge)
       for (int64_t i = 0; i < count; ++i) before[i] = *lse_at(t, m, first + x + i);
     for (int64_t i = 0; i < count; i += L) {
@@ -84,16 +92,15 @@ struct Forward : Worker<T> {
     for (Round r{&t, t.first, 0}; r.task == &t; r = this->after(r, next)) {
       const int64_t count = least(p.round, t.last - r.first), tiles = (count + tile - 1) / tile;
       const int64_t channels = least(chunk, p.dv - r.channel);
-      const auto weights = [&](const Part& m, int64_t x) {
+      const auto weights = [&](const Part& m, int64_t x, int64_t some) {
         A* s = of_part(scores, m, x);
-        const int64_t some = least(count - x, tile);
         this->score(m, this->near(this->planar(q, m, x, some, d, this->q_turned), 0, some, d), r.first + x, some, s);
         softmax(t, m, r.first, x, some, s);
       };
       if (!r.channel) this->read_keys_and_queries(r);
       if (chunked() && !r.channel)
         Base::for_parts(t, [&](const Part& m) {
-          for (int64_t x = 0; x < count; x += tile) weights(m, x);
+          for_tiles(count, [&](int64_t x, int64_t some) { weights(m, x, some); });
         });
       v = this->refer(this->values_of(p.value, t, r.channel), this->v_copy, in_place);
       const bool staged = !by_channels() && p.out.pixel != 1;
@@ -103,10 +110,10 @@ struct Forward : Worker<T> {
       this->spread_over(t.lines * t.heads * tiles * (score_blocks + mix_blocks(channels)));
       if (staged && (p.merge || p.add)) Base::copy(this->results_of(p.out, t, r.first, r.channel), 1, result);
       Base::for_parts(t, [&](const Part& m) {
-        for (int64_t x = 0; x < count; x += tile) {
-          if (!chunked()) weights(m, x);
-          mix(r, m, x, least(count - x, tile), channels, of_part(scores, m, x));
-        }
+        for_tiles(count, [&](int64_t x, int64_t some) {
+          if (!chunked()) weights(m, x, some);
+          mix(r, m, x, some, channels, of_part(scores, m, x));
+        });
       });
       if (staged) this->give(p.out, t, p.dv, r.channel, t.heads * channels, r.first, count, result, false);
     }
