@@ -109,16 +109,17 @@ def _forward(
                 x, rows, inside, x_strides, scaled, part_step, k, K, C, BLOCK_C, PARTS, WIDE, ACC, INTERPRET
             )  # fmt: skip
         share = _shares(energy, log_sum, k, label, K)
-        over = share > threshold
-        excess += tl.sum(tl.where(over, share - threshold, 0.0), 0)
-        above += tl.sum(tl.where(over, share, 0.0), 0)
+        under = share <= threshold  # this way round, NaN stays
+        excess += tl.sum(tl.where(under, 0.0, share - threshold), 0)
+        above += tl.sum(tl.where(under, 0.0, share), 0)
     counts = inside
     if MASK:
         counts = label >= 0
-    e = tl.minimum(tl.maximum(excess, low), high)
+    e = tl.where(excess < low, low, tl.where(excess > high, high, excess))
     at = image.to(tl.int64) * pixels + pixel
     tl.store(lse + at, log_sum, mask=inside)
-    tl.store(inner + at, tl.where(counts & (excess >= low) & (excess <= high), above, -1.0), mask=inside)
+    clipped = (excess < low) | (excess > high)
+    tl.store(inner + at, tl.where(counts & ~clipped, above, -1.0), mask=inside)
 
     distance = tl.zeros([BLOCK_P], ACC)
     for first in range(0, C, BLOCK_C):
@@ -182,7 +183,7 @@ def _backward(
             acc = dot(mu, slope, acc, INTERPRET)
         gradient = acc * of_c2p
         difference = _load(x, rows, inside, c, x_strides, C, WIDE).to(ACC) - _own(centers, label, c, C)
-        sign = tl.where(difference > 0, of_intra, tl.where(difference < 0, -of_intra, 0.0))
+        sign = tl.where(difference > 0, of_intra, tl.where(difference < 0, -of_intra, difference * of_intra))
         gradient += tl.where((label >= 0)[None, :], sign, 0.0)
         if grad_sums is not None:
             gradient += _own(grad_sums + image * grad_sums_step, label, c, C)

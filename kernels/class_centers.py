@@ -3,7 +3,8 @@
 Layout: features [N, C, h, w] and labels [N, h, w], any strides; sums [K, C] or [N, K, C], contiguous.
 
 A program sums some channels over some pixels of an image, by the product of one-hot rows, which it makes in registers,
-with its features: what is not finite in a feature then reaches every class. Programs' sums are added in order.
+with its features; where a sum is not finite, which then holds for every class, again without a product. Programs' sums
+are added in order.
 """
 
 from __future__ import annotations
@@ -45,10 +46,19 @@ def _forward(
         label = classes_of(labels, label_strides, image, pixel, inside, width, ignore_index, K, WIDE)
         rows = offsets(x_strides, image, pixel, width, FLAT, WIDE)
         columns = (c.to(tl.int64) if WIDE else c) * x_strides[1]
-        tile = tl.load(x + rows[:, None] + columns[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        tile = tl.load(x + rows[:, None] + columns[None, :], mask=(label >= 0)[:, None] & (c < C)[None, :], other=0.0)
         hot = label[None, :] == k[:, None]
         acc = dot(hot.to(tl.float32).to(tile.dtype), tile, acc, INTERPRET)
         number += tl.sum(hot.to(tl.int32), 1)
+    if tl.max(tl.max((acc - acc != 0).to(tl.int32), 1), 0) > 0:
+        acc = tl.zeros([BLOCK_K, BLOCK_C], ACC)
+        for first in range(0, STRETCH):
+            pixel = part % stretches * STRETCH + first + tl.arange(0, 1)
+            label = classes_of(labels, label_strides, image, pixel, pixel < pixels, width, ignore_index, K, WIDE)
+            rows = offsets(x_strides, image, pixel, width, FLAT, WIDE)
+            columns = (c.to(tl.int64) if WIDE else c) * x_strides[1]
+            tile = tl.load(x + rows[:, None] + columns[None, :], mask=(label >= 0)[:, None] & (c < C)[None, :], other=0.0)
+            acc += tl.where(label[None, :] == k[:, None], tile.to(ACC), 0.0)
     row = part.to(tl.int64) * K + k
     tl.store(sums + row[:, None] * C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
     tl.store(counts + row, number.to(tl.int64), mask=(k < K) & (channel_block == 0))

@@ -41,8 +41,6 @@ struct Pixels {
   double distance(const A* mu) const {
     Vec<double> total = {};
     for (int64_t e = 0; e < P; e += L) {
-      Vec<A> counted;
-      for (int j = 0; j < L; ++j) counted[j] = label[e + j] >= 0;
       Vec<A> sum = {};
       for (int64_t c = 0; c < p.channels; c += L) {
         Vec<A> own[L];
@@ -55,8 +53,7 @@ struct Pixels {
           for (int64_t i = 0; i < channels; ++i) sum += magnitude(own[i] - load(x + (c + i) * P + e));
         }
       }
-      sum *= counted;
-      for (int j = 0; j < L; ++j) total[j % Simd<double>::lanes] += double(sum[j]);
+      for (int j = 0; j < L; ++j) total[j % Simd<double>::lanes] += label[e + j] < 0 ? 0 : double(sum[j]);
     }
     double sum = 0;
     for (int j = 0; j < Simd<double>::lanes; ++j) sum += total[j];
@@ -90,15 +87,15 @@ struct Pixels {
       const Vec<A> inverse = 1 / sum;
       for (int64_t k = 0; k < p.classes; ++k) {
         const Vec<A> share = load(energy + k * P + e) * inverse;
-        excess += share > threshold ? share - threshold : Vec<A>{};
-        above += share > threshold ? share : Vec<A>{};
+        excess += share <= threshold ? Vec<A>{} : share - threshold;  // this way round, NaN stays
+        above += share <= threshold ? Vec<A>{} : share;
       }
       store(lse + e, top + vlog<A>(sum));
       for (int64_t j = 0; j < least(L, at.count - e); ++j) {
         const A value = excess[j];
         const bool counts = label[e + j] >= 0 || !p.mask_ignored;
         if (counts) sums[1] += double(value < low ? low : value > high ? high : value);
-        inner[e + j] = counts && value >= low && value <= high ? above[j] : A(-1);
+        inner[e + j] = counts && !(value < low || value > high) ? above[j] : A(-1);
       }
     }
     const int64_t offset = image * p.pixels + at.first;
@@ -130,10 +127,9 @@ struct Pixels {
       if (label[e] >= 0) energy[label[e] * P + e] = 0;
     for (int64_t e = 0; e < P; e += L) {
       const Vec<A> mean = load(inner + e), inverse = 1 / load(sums + e);
-      const Vec<A> factor = mean < 0 ? Vec<A>{} : Vec<A>{} + grad;
       for (int64_t k = 0; k < p.classes; ++k) {
         const Vec<A> share = load(energy + k * P + e) * inverse;
-        store(energy + k * P + e, factor * share * (share > threshold ? 1 - mean : -mean));
+        store(energy + k * P + e, mean < 0 ? Vec<A>{} : grad * share * (share > threshold ? 1 - mean : -mean));
       }
     }
   }
@@ -147,8 +143,11 @@ struct Pixels {
       const int64_t channels = least(depth, p.channels - c);
       product<false>(part, P, rows + c, int64_t(1), p.scaled_row, energy, P, channels, p.classes, P);
       for (int64_t e = 0; e < P; e += L) {
-        Vec<A> pull;
-        for (int j = 0; j < L; ++j) pull[j] = label[e + j] < 0 ? A(0) : A(p.grad_intra);
+        Vec<A> pull, unknown;
+        for (int j = 0; j < L; ++j) {
+          pull[j] = label[e + j] < 0 ? A(0) : A(p.grad_intra);
+          unknown[j] = label[e + j] < 0 ? A(0) : A(__builtin_nan(""));
+        }
         for (int64_t b = 0; b < channels; b += L) {
           const int64_t count = least(L, channels - b);
           Vec<A> own[L];
@@ -158,8 +157,8 @@ struct Pixels {
           for (int i = 0; i < L; ++i) {
             if (i >= count) break;
             const Vec<A> difference = load(to + i * P) - own[i];
-            const Vec<A> sign = difference > 0 ? pull : difference < 0 ? -pull : Vec<A>{};
-            store(to + i * P, load(from + i * P) + sign);
+            const Vec<A> none = difference == 0 ? pull * 0 : unknown;
+            store(to + i * P, load(from + i * P) + (difference > 0 ? pull : difference < 0 ? -pull : none));
           }
           if (!sums) continue;
           class_rows<A>(sums + c + b, p.channels, label + e, p.channels - c - b, own);

@@ -47,17 +47,18 @@ def car_losses(
     valid = counted(labels, classes, ignore_index).flatten(1)
     label = labels.long().flatten(1).where(valid, 0)
     own = mu.gather(1, label.unsqueeze(2).expand(-1, -1, c))
-    intra = ((own - x).abs() * valid.unsqueeze(2)).sum()
+    counts = valid if mask_ignored_c2p else torch.ones_like(valid)
+    x = x.masked_fill(~counts.unsqueeze(2), 0)  # or what is not finite there would have a gradient
+    intra = (own - x).masked_fill(~valid.unsqueeze(2), 0).abs().sum()
 
     mine = F.one_hot(label, classes).bool() & valid.unsqueeze(2)
     energy = torch.where(mine, mu.square().sum(2).unsqueeze(1), x @ mu.mT) * c**-0.5
     share = energy.softmax(2)
     over = F.relu(share - c2p_threshold / (classes - 1)).masked_fill(mine, 0)
     excess = over.sum(2)
-    counts = valid if mask_ignored_c2p else torch.ones_like(valid)
     c2p = (excess.clamp(*CLIP) * counts).sum()
 
-    moves = counts & (excess >= CLIP[0]) & (excess <= CLIP[1])
+    moves = counts & ~((excess < CLIP[0]) | (excess > CLIP[1]))
     inner = torch.where(moves, (share * (over > 0)).sum(2), -1).detach().view(n, h, w)
     lse = energy.logsumexp(2).detach().view(n, h, w)
     if sums is None:

@@ -285,3 +285,29 @@ def test_own_centres_export():
     program = torch.export.export(Loss(), (x, y))
     for actual, expected in zip(program.module()(x, y), segops.car_losses(x, y, 4), strict=True):
         assert torch.equal(actual, expected)
+
+
+@every_lane
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("own", [False, True], ids=["given", "own"])
+@pytest.mark.parametrize("mask", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("label", [255, 1])
+def test_what_is_not_finite_is_not_hidden(lane, value, own, mask, label):
+    """A scaler of mixed precision skips a step by what is not finite in the gradient."""
+    x, y = normal(2, 6, 5, 7), classes_of(2, 5, 7, classes=4)
+    x[1, 2, 3, 4], y[1, 3, 4] = value, label
+    mu = None if own else normal(4, 6, seed=1).to(lane.device)
+    results = []
+    for active in (lane.active, lambda: segops.use_backend("reference")):
+        features = x.to(lane.device, copy=True).requires_grad_()
+        with active():
+            losses = segops.car_losses(features, y.to(lane.device), 4, centers=mu, mask_ignored_c2p=mask)
+            (gradient,) = torch.autograd.grad(sum(losses), features)
+        results.append((torch.stack(losses).detach(), gradient))
+    (losses, gradient), (expected, expected_gradient) = results
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+    known = gradient.isfinite()
+    assert not (known & ~expected_gradient.isfinite()).any()
+    torch.testing.assert_close(gradient[known], expected_gradient[known])
+    assert bool(losses[0].isfinite()) == (label == 255)
+    assert bool(known.all()) == (label == 255 and mask)

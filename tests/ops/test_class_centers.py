@@ -148,3 +148,19 @@ def test_second_derivative():
     # first = 2 mu_y / c_y, so sum first^2 = sum_k 4 |mu_k|^2 / c_k
     expected = torch.einsum("kc,nhwk->nchw", 8 * centers / counts.square()[:, None], mine)
     torch.testing.assert_close(second, expected)
+
+
+@every_lane
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_what_is_not_finite_reaches_its_class_alone(lane, value):
+    x, y = normal(2, 3, 5, 7).to(lane.device), classes_of(2, 5, 7, classes=4).to(lane.device)
+    y[0, 1, :3] = torch.tensor([255, 2, 2])
+    x[0, :, 1, 0] = torch.nan  # ignored
+    x[0, 1, 1, 1] = value
+    with lane.active():
+        centers = segops.class_centers(x, y, 4).centers
+    assert centers.isfinite().logical_not().nonzero().tolist() == [[2, 1]]
+    assert str(centers[2, 1].item()) == str(value)
+    x[0, 1, 1, 2] = -value  # inf - inf
+    with lane.active():
+        assert segops.class_centers(x, y, 4).centers[2, 1].isnan()
