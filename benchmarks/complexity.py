@@ -323,11 +323,10 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(*, iseg: bool, output_stride: int = 32) -> nn.Sequential:
-    """Its convolutions up to the last map.
+    """Its convolutions up to the last map, a stage's stride in its last block as in the authors' library.
 
     Args:
-        iseg: As the authors' library has it: a stem of three 3x3 convolutions, 64, 64 and 128 wide, and a stage's
-            stride in its last block; otherwise a 7x7 convolution, and the stride in the first block of the next stage.
+        iseg: The library's stem too, three 3x3 convolutions, 64, 64 and 128 wide; otherwise a 7x7 convolution.
         output_stride: Strides beyond it become dilation, which costs nothing.
     """
     stem: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, padding=3)]
@@ -337,7 +336,7 @@ def resnet50(*, iseg: bool, output_stride: int = 32) -> nn.Sequential:
     channels, at = 128 if iseg else 64, 4
     for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
         for block in range(blocks):
-            halves = block == blocks - 1 and stage < 3 if iseg else block == 0 and stage > 0
+            halves = block == blocks - 1 and stage < 3
             stride = 2 if halves and at < output_stride else 1
             layers.append(Bottleneck(channels, width, stride))
             channels, at = 4 * width, at * stride
@@ -424,6 +423,8 @@ def hfgd() -> Section:
         f"{parts('SemanticFPN', **plain)}.\n"
         f"{parts('OS 4')}.\n"
         f"{parts('OS 2', output_stride=2)}.\n"
+        "Both have the strides of the authors' library, in a stage's last block; its stem is three 3x3 convolutions,\n"
+        "the other one is a 7x7 convolution.\n"
         "No figure of the paper can be had: it names neither its stem nor its counting tool. Where the stem cancels,\n"
         f"HFGD over SemanticFPN, it has 25.98 at OS 4 and we have {os4 - fpn:.2f}; from OS 4 to 2 it has 81.99 and we\n"
         f"have {os2 - os4:.2f}, as if the axial products counted about twice or their queries and keys were wider."

@@ -105,6 +105,8 @@ def pyramid(name: str) -> tuple[Encoder, list[int]]:
             import timm
         except ImportError as error:
             raise ImportError(f"the backbone {name} needs timm: pip install 'segops[models]'") from error
+        except RuntimeError as error:  # of torchvision, where it was built for another torch
+            raise ImportError(f"the backbone {name} needs timm, whose import failed: {error}") from error
         backbone = timm.create_model(name, pretrained=False, features_only=True)
         about = backbone.feature_info.get_dicts()
     widths = [each["num_chs"] for each in about if each["reduction"] >= 4]

@@ -57,7 +57,9 @@ def _forward(
             label = classes_of(labels, label_strides, image, pixel, pixel < pixels, width, ignore_index, K, WIDE)
             rows = offsets(x_strides, image, pixel, width, FLAT, WIDE)
             columns = (c.to(tl.int64) if WIDE else c) * x_strides[1]
-            tile = tl.load(x + rows[:, None] + columns[None, :], mask=(label >= 0)[:, None] & (c < C)[None, :], other=0.0)
+            tile = tl.load(
+                x + rows[:, None] + columns[None, :], mask=(label >= 0)[:, None] & (c < C)[None, :], other=0.0
+            )
             acc += tl.where(label[None, :] == k[:, None], tile.to(ACC), 0.0)
     row = part.to(tl.int64) * K + k
     tl.store(sums + row[:, None] * C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])

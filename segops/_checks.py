@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,19 @@ def number(function: str, name: str, value: Any, low: float, high: float) -> Non
         raise TypeError(f"{function}: {name} must be a number, got {value!r}")
     if not low <= value <= high:  # NaN too
         raise ValueError(f"{function}: {name} must be in [{low:g}, {high:g}], got {value!r}")
+
+
+def finite(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{function}: {name} must be finite, got {value!r}")
+
+
+def odd(function: str, name: str, value: Any) -> None:
+    positive(function, name, value)
+    if value % 2 == 0:
+        raise ValueError(f"{function}: {name} must be odd, got {value}")
 
 
 def positive(function: str, name: str, value: Any) -> None:

@@ -154,6 +154,8 @@ def check_strides(name: str, in_channels: Sequence[int], strides: Sequence[int])
         raise ValueError(
             f"{name}: strides must have one entry per map of in_channels ({len(in_channels)}), got {tuple(strides)}"
         )
+    for stride in strides:
+        _checks.positive(name, "strides", stride)
     if list(strides) != sorted(strides):
         raise ValueError(f"{name}: strides must run fine to coarse, got {tuple(strides)}")
 
@@ -174,6 +176,11 @@ def check_features(name: str, features: Sequence[Tensor], in_channels: Sequence[
         raise ValueError(f"{name}: expected {len(in_channels)} feature maps, got {len(features)}")
     for i, (feature, width) in enumerate(zip(features, in_channels, strict=True)):
         check_map(name, f"features[{i}]", feature, width)
+        if feature.shape[0] != features[0].shape[0]:
+            raise ValueError(
+                f"{name}: features[{i}] must be of {features[0].shape[0]} images as features[0] is, "
+                f"got {feature.shape[0]}"
+            )
 
 
 def read_labels(function: str, name: str, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:

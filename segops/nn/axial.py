@@ -43,12 +43,14 @@ class AxialAttention2d(nn.Module):
         residual: Add x to the result.
 
     Raises:
-        ValueError: widths that are not positive or not multiples of ``num_heads``, an unknown option, options that
-            exclude each other, ``residual`` with ``out_channels`` other than ``in_channels``; in forward, a map of
-            another width.
+        ValueError: widths that are not positive or not multiples of ``num_heads``, a scale that is not finite, an
+            unknown option, options that exclude each other, ``residual`` with ``out_channels`` other than
+            ``in_channels``; in forward, a map of another width.
+        TypeError: a scale that is no number, an order that is no sequence.
 
     Children ``value`` and ``query``, ``key`` (``query_key`` if tied); with ``qk_per_axis`` ``query_height`` and so on.
-    Each is a convolution, or ``.conv``, ``.bn`` and ``.act``. Glorot's uniform distribution, query and key equal.
+    Each is a convolution, or ``.conv``, ``.bn`` (``.gn`` for a GroupNorm) and ``.act``. Glorot's uniform distribution,
+    query and key equal.
 
     Example:
         >>> from segops.nn import AxialAttention2d
@@ -90,6 +92,10 @@ class AxialAttention2d(nn.Module):
                 raise ValueError(f"{name}: {argument} must be a multiple of num_heads={num_heads}, got {width}")
         _checks.choice(name, "combine", combine, COMBINES)
         _checks.choice(name, "merge", merge, MERGES)
+        if isinstance(order, str) or not isinstance(order, Sequence):
+            raise TypeError(f"{name}: order must be a tuple of 'height' and 'width', got {order!r}")
+        if scale is not None:
+            _checks.finite(name, "scale", scale)
         if sorted(order) not in (["height"], ["width"], ["height", "width"]):
             raise ValueError(f"{name}: order must hold 'height', 'width' or both, got {tuple(order)}")
         if combine == "joint" and (qk_per_axis or len(order) != 2):
@@ -103,7 +109,8 @@ class AxialAttention2d(nn.Module):
             conv = nn.Conv2d(in_channels, width, 1, bias=bias)
             layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
             if norm_layer is not None:
-                layers["bn"] = norm_layer(width)
+                norm = norm_layer(width)
+                layers["gn" if isinstance(norm, nn.GroupNorm) else "bn"] = norm
             if act_layer is not None:
                 layers["act"] = act_layer()
             return nn.Sequential(layers) if len(layers) > 1 else conv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,12 +28,19 @@ class CAR(nn.Module):
         c2p_threshold: See above.
         per_image: See above.
         mask_ignored_c2p: See above.
-        center_momentum: m in [0, 1): in training the buffer ``centers`` [K, C] moves by ``(1 - m) (mu - centers)`` for
-            each class that is there, and takes the place of the centres mu of the batch. c2c then has no gradient. The
-            authors' m is 0.9; None (their default) keeps no buffer.
+        center_momentum: m in [0, 1]: in training the buffer ``centers`` [K, C] moves by ``(1 - m) (mu - centers)`` for
+            each class that is there (and whose mu is finite), and takes the place of the centres mu of the batch. c2c
+            then has no gradient. The authors' m is 0.9; None (their default) keeps no buffer. It stays in float32
+            where the module is cast to half precision, in which it would stand still.
         channels: C; for the buffer only.
         sync: Over which ranks centres and means are taken: False, True, a process group, or "auto": over all where
-            torch.distributed is initialised.
+            torch.distributed is initialised. Ranks wait for each other, in eval mode too: where one rank alone
+            evaluates, pass False.
+
+    Raises:
+        ValueError: K < 2, weights that are not three finite numbers, thresholds out of [0, K], a momentum out of
+            [0, 1], one without ``channels`` or with ``per_image``; in forward, what :func:`segops.car_losses` raises.
+        TypeError: arguments of another type.
 
     Example:
         >>> car = segops.nn.CAR(19)
@@ -62,6 +70,13 @@ class CAR(nn.Module):
         check_classes(name, num_classes)
         if len(weights) != 3:
             raise ValueError(f"{name}: weights must be three numbers (intra, c2c, c2p), got {weights!r}")
+        for weight in weights:
+            _checks.finite(name, "weights", weight)
+        for argument, threshold in (("c2c_threshold", c2c_threshold), ("c2p_threshold", c2p_threshold)):
+            _checks.number(name, argument, threshold, 0.0, num_classes)
+        _checks.integer(name, "ignore_index", ignore_index)
+        if isinstance(sync, str) and sync != "auto":
+            raise ValueError(f"{name}: sync must be False, True, a process group or 'auto', got {sync!r}")
         self.num_classes, self.weights, self.sync = num_classes, tuple(weights), sync
         self.ignore_index, self.per_image, self.mask_ignored_c2p = ignore_index, per_image, mask_ignored_c2p
         self.c2c_threshold, self.c2p_threshold = c2c_threshold, c2p_threshold
@@ -105,9 +120,23 @@ class CAR(nn.Module):
             return self.centers
         mean, counts = class_centers(features, labels, self.num_classes, ignore_index=self.ignore_index, sync=sync)
         moved = self.centers.lerp(mean.to(self.centers.dtype), 1 - self.center_momentum)
-        moved = torch.where(counts.unsqueeze(1) > 0, moved, self.centers)
+        known = (counts > 0) & mean.isfinite().all(1)  # one step that overflows would stay in the buffer for good
+        moved = torch.where(known.unsqueeze(1), moved, self.centers)
         self.centers.copy_(moved)
         return moved  # not the buffer, which the next call changes before this one's backward
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CAR:
+        kept = self.centers
+        super()._apply(fn, recurse)
+        if kept is not None and self.centers is not None and self.centers.dtype.itemsize < 4:
+            self.centers = kept.to(self.centers.device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CAR:
+        memo[id(self.sync)] = self.sync  # a process group cannot be copied, and is not the module's
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         return f"{self.num_classes}, weights={self.weights}, per_image={self.per_image}, sync={self.sync!r}"

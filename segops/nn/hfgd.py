@@ -15,7 +15,7 @@ from ._layers import BilinearDecoder, check_features, check_map, conv_bn, init_g
 from .aspp import ASPP
 from .axial import AxialAttention2d
 from .car import CAR
-from .segnext import SegmentationModel
+from .segnext import SegmentationModel, feature_info
 from .self_attention import SelfAttention2d
 from .semantic_fpn import SemanticFPN, UltraSemanticFPN
 
@@ -87,7 +87,7 @@ class ContextAugmentedEncoder(nn.Module):
             ("qk_channels", qk_channels),
         ):
             _checks.positive(name, argument, width)
-        _checks.pair(name, "kernel_size", kernel_size, odd=True)
+        _checks.odd(name, "kernel_size", kernel_size)
         if context is not None:
             _checks.choice(name, "context", context, CONTEXTS)
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -274,16 +274,15 @@ class HFGDHead(BilinearDecoder):
             ``"fine"``, ``"coarse"`` where the head is guided, and ``"intra"``, ``"c2c"``, ``"c2p"`` with ``car``.
 
         Raises:
-            ValueError: ``car`` without an encoder, or with another ``ignore_index`` than the cross-entropy.
+            ValueError: ``car`` without an encoder, of another number of classes, or with another ``ignore_index`` than
+                the cross-entropy.
+            TypeError: ``car`` is not a :class:`CAR`.
         """
         name = type(self).__name__
         if car is not None and self.encoder is None:
             raise ValueError(f"{name}: car needs a head with a context, got context=None")
-        if car is not None and car.ignore_index != ce.get("ignore_index", 255):
-            raise ValueError(
-                f"{name}: car must have the ignore_index of the cross-entropy, {ce.get('ignore_index', 255)}, "
-                f"got {car.ignore_index}"
-            )
+        if car is not None:
+            _check_car(name, car, self.num_classes, ce.get("ignore_index", 255))
         logits, aux = self(features, return_aux=True)
         terms = {"fine": fine_weight * self.upsample.loss(logits, target, **ce)}
         if self.guided:
@@ -318,7 +317,8 @@ class HFGD(SegmentationModel):
         **head: Keywords of :class:`HFGDHead`.
 
     Raises:
-        ValueError: neither ``in_channels`` nor ``feature_info``, and what the head raises.
+        ValueError: neither ``in_channels`` nor ``feature_info``, a ``car`` that does not fit, and what the head raises.
+        TypeError: ``car`` is neither a bool nor a :class:`CAR`; in forward, a backbone that gives no list of maps.
 
     Children ``backbone``, ``decode_head`` and ``car``.
 
@@ -343,7 +343,7 @@ class HFGD(SegmentationModel):
         coarse_weight: float = 1.0,
         **head: Any,
     ) -> None:
-        maps = _feature_info(backbone)
+        maps = feature_info(backbone)
         if in_channels is None:
             if not maps:
                 raise ValueError(
@@ -354,6 +354,8 @@ class HFGD(SegmentationModel):
         strides = (4, 8, 16, 32) if strides is None else strides
         super().__init__(backbone, HFGDHead(in_channels, num_classes, strides=strides, **head))
         self.car = CAR(num_classes, ignore_index=ignore_index) if car is True else car or None
+        if self.car is not None:
+            _check_car(type(self).__name__, self.car, num_classes, ignore_index)
         self.ignore_index = ignore_index
         self.fine_weight, self.coarse_weight = fine_weight, coarse_weight
 
@@ -371,7 +373,7 @@ class HFGD(SegmentationModel):
         """
         if target is None:
             return super().forward(image)
-        maps = self._maps_of(self.decode_head, self.backbone(image))
+        maps = self._maps_of(self.decode_head, self._maps(image))
         head: Any = self.decode_head
         terms = head.losses(
             maps, target, car=self.car, fine_weight=self.fine_weight, coarse_weight=self.coarse_weight,
@@ -385,8 +387,12 @@ class HFGD(SegmentationModel):
         return losses["loss"]
 
 
-def _feature_info(backbone: nn.Module) -> list[tuple[int, int]]:
-    """Width and stride of each map, of segops' list of dicts or of timm's FeatureInfo."""
-    info: Any = getattr(backbone, "feature_info", None) or []
-    about = info if isinstance(info, list) else info.get_dicts()
-    return [(each["num_chs"], each["reduction"]) for each in about]
+def _check_car(name: str, car: Any, num_classes: int, ignore_index: int) -> None:
+    if not isinstance(car, CAR):
+        raise TypeError(f"{name}: car must be a segops.nn.CAR, got {car!r}")
+    if car.num_classes != num_classes:
+        raise ValueError(f"{name}: car must be for the head's {num_classes} classes, got {car.num_classes}")
+    if car.ignore_index != ignore_index:
+        raise ValueError(
+            f"{name}: car must have the ignore_index of the cross-entropy, {ignore_index}, got {car.ignore_index}"
+        )

@@ -20,18 +20,26 @@ DECODERS = ("c", "a", "b")
 HEADS = {"t": (256, 16), "s": (256, 16), "b": (512, 64), "l": (1024, 64)}
 
 
+def feature_info(backbone: nn.Module) -> list[tuple[int, int]]:
+    """Width and stride of each map, of segops' list of dicts or of timm's FeatureInfo; empty where there is none."""
+    info: Any = getattr(backbone, "feature_info", None) or []
+    about = info if isinstance(info, list) else info.get_dicts()
+    return [(each["num_chs"], each["reduction"]) for each in about]
+
+
 class SegmentationModel(nn.Module):
     """A backbone under a decoder of the decoder contract.
 
     Args:
         backbone: Image to maps, fine to coarse; with timm's ``feature_info`` each head takes the maps at its strides,
-            else it takes the last ``len(head.in_channels)``.
+            else it takes the last ``len(head.in_channels)``. Maps with the channels last (timm's Swin) are taken so.
         decode_head: Gives the logits.
         aux_head: Another decoder, for a loss in training.
         aux_weight: Factor on that loss.
 
     Raises:
         ValueError: a head asks for more maps than there are.
+        TypeError: the backbone gives something else than a list of maps.
 
     Example:
         >>> from segops.nn import MSCAN, LightHamHead, SegmentationModel
@@ -60,7 +68,7 @@ class SegmentationModel(nn.Module):
             Without a target, logits [N, K, H, W]. With one, a dict: ``loss``, and the terms it is the weighted sum of,
             ``decode`` and, where there is an auxiliary head, ``aux``. No logits are made at the target's size.
         """
-        maps = self.backbone(image)
+        maps = self._maps(image)
         if target is None:
             head: Any = self.decode_head
             corners = getattr(head, "align_corners", False)
@@ -77,7 +85,21 @@ class SegmentationModel(nn.Module):
         """Labels [N, *size] (None: the image's), uint8 for up to 255 classes."""
         head: Any = self.decode_head
         size = (image.shape[2], image.shape[3]) if size is None else size
-        return head.predict(self._maps_of(head, self.backbone(image)), size)
+        return head.predict(self._maps_of(head, self._maps(image)), size)
+
+    def _maps(self, image: Tensor) -> Sequence[Tensor]:
+        """The backbone's, [N, C, H, W] each."""
+        maps = self.backbone(image)
+        if not isinstance(maps, Sequence) or not all(isinstance(x, Tensor) and x.dim() == 4 for x in maps):
+            got = [tuple(x.shape) for x in maps] if isinstance(maps, Sequence) else tuple(getattr(maps, "shape", ()))
+            raise TypeError(
+                f"{type(self).__name__}: the backbone must give a list of maps [N, C, H, W] (timm: "
+                f"features_only=True), got {type(maps).__name__} {got}"
+            )
+        layout = getattr(self.backbone, "output_fmt", None)
+        if getattr(layout, "value", layout) == "NHWC":
+            return [x.permute(0, 3, 1, 2) for x in maps]
+        return maps
 
     def _loss(self, head: Any, maps: Sequence[Tensor], target: Tensor, ce: dict[str, Any]) -> Tensor:
         return head.loss(self._maps_of(head, maps), target, **ce)
@@ -86,9 +108,9 @@ class SegmentationModel(nn.Module):
         wanted = len(head.in_channels)
         if len(maps) < wanted:
             raise ValueError(f"{type(self).__name__}: {type(head).__name__} takes {wanted} maps, there are {len(maps)}")
-        info = getattr(self.backbone, "feature_info", None)
-        if isinstance(info, list) and len(info) == len(maps):
-            at = [m for m, about in zip(maps, info, strict=True) if about["reduction"] in head.strides]
+        info = feature_info(self.backbone)
+        if len(info) == len(maps):
+            at = [x for x, (_, stride) in zip(maps, info, strict=True) if stride in head.strides]
             if len(at) == wanted:
                 return at
         return list(maps)[-wanted:]

@@ -34,7 +34,7 @@ class SelfAttention2d(nn.Module):
         shared_querykey_weights: Query and key start from the same values. They are trained separately.
 
     Raises:
-        ValueError: a width that is not positive; in forward, a map of another width.
+        ValueError: a width that is not positive, a scale that is not finite; in forward, a map of another width.
 
     Parameters: ``query``, ``key``, ``value``, each with ``.weight`` and ``.bias``, drawn from Glorot's uniform
     distribution. Runs in ``scaled_dot_product_attention`` where that stores no map, or one of up to 2048 pixels; else
@@ -64,6 +64,8 @@ class SelfAttention2d(nn.Module):
             ("qk_channels", qk_channels),
         ):
             _checks.positive(type(self).__name__, argument, width)
+        if scale is not None:
+            _checks.finite(type(self).__name__, "scale", scale)
         self.in_channels, self.out_channels, self.scale = in_channels, out_channels, scale
         self.query = nn.Conv2d(in_channels, qk_channels, 1, bias=bias)
         self.key = nn.Conv2d(in_channels, qk_channels, 1, bias=bias)
@@ -77,7 +79,9 @@ class SelfAttention2d(nn.Module):
         """[N, in_channels, H, W] to [N, out_channels, H, W]."""
         check_map(type(self).__name__, "x", x, self.in_channels)
         row = [conv(x).flatten(2).unsqueeze(2) for conv in (self.query, self.key, self.value)]  # [N, C, 1, H * W]
-        if x.shape[2] * x.shape[3] > STORED and not _stores_no_map(row):
+        # A graph that is exported is for any size.
+        stored = not torch.compiler.is_exporting() and x.shape[2] * x.shape[3] <= STORED
+        if not stored and not _stores_no_map(row):
             y = axial_attention(row[0], row[1], row[2], scale=self.scale, order=("width",))
         else:
             # What stores no map wants the channels innermost.
@@ -90,7 +94,12 @@ class SelfAttention2d(nn.Module):
 
 
 def _stores_no_map(tensors: Sequence[Tensor]) -> bool:
-    """scaled_dot_product_attention's kernel for widths that differ: on a GPU, of aligned rows, not in float64."""
+    """scaled_dot_product_attention's kernel for widths that differ: CUDA's, of aligned rows, not in float64."""
     dtype = tensors[0].dtype
     aligned = all(x.shape[1] * x.element_size() % 16 == 0 for x in tensors)
-    return tensors[0].device.type != "cpu" and dtype != torch.float64 and aligned
+    return (
+        tensors[0].device.type == "cuda"
+        and torch.backends.cuda.mem_efficient_sdp_enabled()
+        and dtype != torch.float64
+        and aligned
+    )

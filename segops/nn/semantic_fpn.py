@@ -70,7 +70,7 @@ class SemanticFPN(nn.Module):
         check_strides(name, in_channels, strides)
         for argument, size in (("channels", channels), ("output_stride", output_stride)):
             _checks.positive(name, argument, size)
-        _checks.pair(name, "lateral_kernel_size", lateral_kernel_size, odd=True)
+        _checks.odd(name, "lateral_kernel_size", lateral_kernel_size)
         doublings = (strides[0] // output_stride).bit_length() - 1
         if strides[0] != output_stride << max(doublings, 0):
             raise ValueError(

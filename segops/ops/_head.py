@@ -1,4 +1,4 @@
-"""What the three dupsample ops share: the checks of x, weight, bias, temperature and size, and their gradients."""
+"""What ops with a weight matrix share: checks of the dupsample ops' arguments, and the layout of small inputs."""
 
 from __future__ import annotations
 
@@ -96,5 +96,5 @@ def backward_flops(grad: Sequence[int], x: Sequence[int], weight: Sequence[int],
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:
-    """Kernels read vectors without strides."""
+    """Kernels read vectors, and centres, without strides."""
     return None if vector is None else vector.contiguous()

@@ -1,4 +1,4 @@
-"""What the two fused cross-entropies share: checks, outputs, reductions."""
+"""What ops with labels or sums share: dtype of sums, checks, outputs and reductions of the fused cross-entropies."""
 
 from __future__ import annotations
 

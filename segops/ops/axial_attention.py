@@ -54,13 +54,14 @@ def axial_attention(
         [N, num_heads * d_v, H, W] in query's dtype, channels_last if query is. Differentiable, twice.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown combine or axis, an axis given twice, ``"joint"`` of one axis.
-        TypeError: dtypes that differ, or are not floating-point.
+        ValueError: shapes that do not fit, an unknown combine or axis, an axis given twice, ``"joint"`` of one axis, a
+            scale that is not finite.
+        TypeError: dtypes that differ, or are not floating-point; a scale that is no number.
 
-    Gradients reach query, key and value. Backward keeps the log-sum-exps [N, num_heads, 1 or 2, H, W] and, for
-    ``"compose"``, the first axis's result. Forward and backward use no atomics and give the same bits on every run;
-    sums run in float32 (float64 for float64). Backends: C++ (CPU), Triton (GPU); ``segops.explain`` says which. Under
-    autocast the inputs are cast to the autocast dtype.
+    Gradients reach query, key and value. Backward keeps these and the result, the log-sum-exps [N, num_heads, 1 or 2,
+    H, W] and, for ``"compose"``, the first axis's result. Forward and backward use no atomics and give the same bits on
+    every run; sums run in float32 (float64 for float64). Backends: C++ (CPU), Triton (GPU); ``segops.explain`` says
+    which. Under autocast the inputs are cast to the autocast dtype.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 64, 33, 47).unbind()
@@ -95,14 +96,16 @@ def axial_attention(
             )
     if h < 1 or w < 1:
         raise ValueError(f"{NAME}: query must have H, W >= 1, got {h} x {w}")
-    scale = float((c // num_heads) ** -0.5 if scale is None else scale)
+    if scale is None:
+        scale = (c // num_heads) ** -0.5
+    _checks.finite(NAME, "scale", scale)
     axes = "".join(axis[0] for axis in order)
     if len(axes) == 1:
         combine = "compose"
     elif combine != "compose":
         axes = "hw"
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return OP(query, key, value, num_heads, scale, combine, axes, training)[0]
+    return OP(query, key, value, num_heads, float(scale), combine, axes, training)[0]
 
 
 # Outputs are allocated here for the fake kernel and for every backend, so that their strides cannot differ.

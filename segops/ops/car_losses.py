@@ -90,8 +90,10 @@ def car_losses(
         TypeError: dtypes that do not fit.
 
     The gradient reaches features, twice. Everything runs in float32 (float64 for float64), under autocast too, without
-    atomics: the same, bit for bit, on every run. Features are read twice forward and once backward; neither a one-hot
-    map nor one of N x K is stored. Backends: C++ (CPU), Triton (GPU); ``segops.explain`` says which.
+    atomics: the same, bit for bit, on every run. On the CPU features are read twice forward (for the centres, then for
+    the losses) and once backward; a GPU program reads its pixels' once more in each, from its cache as far as that
+    holds them, and beyond 256 classes more often. Neither a one-hot map nor one of N x K is stored. Backends: C++
+    (CPU), Triton (GPU); ``segops.explain`` says which.
 
     Example:
         >>> features = torch.randn(2, 64, 16, 16)
@@ -117,12 +119,12 @@ def car_losses(
         fixed = features.new_empty(shape)
     else:
         with torch.no_grad():
-            sums, counts = class_centers.OP(features, labels, num_classes, ignore_index, per_image, check)
+            sums, counts = class_centers.OP(features, labels, num_classes, ignore_index, per_image, False)
             total = sums if per_image else total_over_ranks(sums, group)
             divisor = (counts if per_image else total_over_ranks(counts, group)).clamp(min=1).unsqueeze(-1)
             fixed = total / divisor
     settings = ignore_index, float(c2p_threshold), mask_ignored_c2p
-    intra, c2p, passed, _, _ = OP(features, labels, fixed, sums, *settings, check and centers is not None)
+    intra, c2p, passed, _, _ = OP(features, labels, fixed, sums, *settings, check)
     if centers is None:
         centers = (passed if per_image else sum_over_ranks(passed, group, total)) / divisor
 

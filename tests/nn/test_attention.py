@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import segops
@@ -54,7 +55,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_self_attention_without_the_map():
-    """64x64: no tensor of 4096 * 4096 elements, forward and backward."""
+    """64x64: torch allocates no tensor of 4096 * 4096 elements; what the op itself takes is in ops/test_memory.py."""
     module = SelfAttention2d(16, qk_channels=4)
     x = image(16, (64, 64), batch=1).requires_grad_()
     with _Largest() as largest:
@@ -158,13 +159,39 @@ def test_wrong_width(module):
 @pytest.mark.parametrize(
     ("device", "dtype", "widths", "stores"),
     [
-        ("meta", torch.bfloat16, (64, 64, 512), False),
-        ("meta", torch.bfloat16, (60, 60, 512), True),
-        ("meta", torch.float32, (60, 60, 512), False),
-        ("meta", torch.float64, (64, 64, 512), True),
+        ("cuda", torch.bfloat16, (64, 64, 512), False),
+        ("cuda", torch.bfloat16, (60, 60, 512), True),
+        ("cuda", torch.float32, (60, 60, 512), False),
+        ("cuda", torch.float64, (64, 64, 512), True),
         ("cpu", torch.float32, (64, 64, 512), True),
     ],
 )
 def test_where_sdpa_would_store_the_map(device, dtype, widths, stores):
-    row = [torch.empty(1, c, 1, 4, dtype=dtype, device=device) for c in widths]
+    with FakeTensorMode():
+        row = [torch.empty(1, c, 1, 4, dtype=dtype, device=device) for c in widths]
     assert _stores_no_map(row) is not stores
+
+
+@pytest.mark.parametrize("size", [(9, 11), (70, 60)], ids=str)
+def test_self_attention_is_exported_for_any_size(size):
+    """On both sides of 2048 pixels."""
+    module = SelfAttention2d(8, qk_channels=4).eval()
+    shapes = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(module, (image(size=size),), dynamic_shapes=shapes).module()
+    for other in ((9, 11), (20, 23), (70, 60)):
+        torch.testing.assert_close(exported(image(size=other)), module(image(size=other)))
+
+
+@pytest.mark.parametrize("module", [AxialAttention2d, SelfAttention2d])
+def test_scale_is_checked(module):
+    with pytest.raises(TypeError, match="scale must be a number, got 'x'"):
+        module(8, scale="x")
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        module(8, scale=float("nan"))
+
+
+def test_order_and_normalisation_of_axial_attention():
+    with pytest.raises(TypeError, match="order must be a tuple"):
+        AxialAttention2d(8, order=5)
+    names = set(AxialAttention2d(8, norm_layer=lambda width: nn.GroupNorm(2, width)).state_dict())
+    assert "query.gn.weight" in names

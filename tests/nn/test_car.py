@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import segops
 from segops.nn import CAR
+from segops.reference.car_losses import class_to_class
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -121,6 +124,57 @@ def test_moving_centres():
     assert torch.equal(car.centers, moved)
 
 
+def test_a_step_that_overflows_leaves_moving_centres_alone():
+    x, y = normal(2, 5, 4, 6, dtype=torch.float32), torch.randint(3, (2, 4, 6))
+    y[0, 0, 0] = 1
+    car = CAR(3, center_momentum=0.5, channels=5)
+    before = car.centers.clone()
+    bad = x.clone()
+    bad[0, 2, 0, 0] = torch.inf
+    assert not car(bad, y).intra.isfinite()
+    assert torch.equal(car.centers[1], before[1])
+    assert not torch.equal(car.centers[0], before[0])
+    assert all(loss.isfinite() for loss in car(x, y))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_moving_centres_in_half_precision_are_float32(cast):
+    car = CAR(3, center_momentum=0.99, channels=5)
+    before = car.centers.clone()
+    getattr(car, cast)()
+    assert car.centers.dtype == (torch.float64 if cast == "double" else torch.float32)
+    torch.testing.assert_close(car.centers.float(), before, rtol=0, atol=0)
+    if cast == "bfloat16":
+        car(normal(2, 5, 4, 6, dtype=torch.bfloat16), torch.randint(3, (2, 4, 6)))
+        assert (car.centers != before).all()
+
+
+def test_copy_shares_the_process_group():
+    class Group:
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot pickle 'ProcessGroup' object")
+
+    car = CAR(3, sync=Group(), center_momentum=0.5, channels=4)
+    copied = copy.deepcopy(nn.Sequential(car))[0]
+    assert copied.sync is car.sync
+    assert torch.equal(copied.centers, car.centers)
+    assert copied.centers.data_ptr() != car.centers.data_ptr()
+
+
+@pytest.mark.parametrize(("threshold", "moves"), [(1.0, False), (0.99, True)])
+def test_threshold_between_classes(threshold, moves):
+    """4: c2c of two zero centres, whose softmax is 1/2 each; exactly at the threshold nothing moves, e is clipped."""
+    centers = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+    loss = class_to_class(centers, threshold / 2)
+    assert loss.tolist() == pytest.approx([max(1e-7, 0.5 - threshold / 2)] * 2)
+    x = pixels([1.0, 0.0], [0.0, 0.0])
+    c2c = CAR(2, c2c_threshold=threshold * 0.5)(x, labels(0, 1)).c2c
+    (gradient,) = torch.autograd.grad(c2c, x)
+    shares = [torch.softmax(torch.tensor([2**-0.5, 0.0]).double(), 0)[1], 0.5]
+    assert c2c.item() == pytest.approx((sum(max(1e-7, float(s) - threshold / 2) for s in shares) / 2) ** 2)
+    assert bool(gradient[..., 1].any()) == moves
+
+
 def test_repr_and_wrong_arguments():
     assert repr(CAR(19)) == "CAR(19, weights=(1.0, 1.0, 1.0), per_image=False, sync='auto')"
     assert not CAR(19).state_dict()
@@ -128,6 +182,12 @@ def test_repr_and_wrong_arguments():
         CAR(1)
     with pytest.raises(ValueError, match="weights must be three numbers"):
         CAR(3, weights=(1.0, 1.0))
+    with pytest.raises(TypeError, match="weights must be a number, got 'a'"):
+        CAR(3, weights=("a", 1.0, 1.0))
+    with pytest.raises(ValueError, match=r"c2c_threshold must be in \[0, 3\], got -1"):
+        CAR(3, c2c_threshold=-1)
+    with pytest.raises(ValueError, match="sync must be False, True, a process group or 'auto', got 'yes'"):
+        CAR(3, sync="yes")
     with pytest.raises(ValueError, match="center_momentum needs channels"):
         CAR(3, center_momentum=0.9)
     with pytest.raises(ValueError, match=r"center_momentum must be in \[0, 1\]"):
@@ -185,6 +245,10 @@ def rank(index, store, results):
         branch = DistributedDataParallel(Branch(**settings), broadcast_buffers=False)
         found[name] = results_of(branch, x[mine], y[mine], ranks=2)
     x, y = data()
+    part = x[mine].clone().requires_grad_()
+    centers, counts = segops.class_centers(part, y[mine], 3, sync=True)
+    centers.backward(normal(3, 6, seed=9))
+    found["centers"] = [centers.detach(), counts, part.grad]
     losses = (
         segops.car_losses(x[mine], y[mine], 3, sync=False),
         segops.car_losses(x[mine], y[mine], 3, sync=dist.group.WORLD),
@@ -213,6 +277,16 @@ def test_two_ranks_are_one_process_with_both_batches(of_ranks, name):
         torch.testing.assert_close(found[name][0], losses)
         for i, (actual, expected) in enumerate(zip(found[name][1:], rest, strict=True)):
             torch.testing.assert_close(actual, expected[mine] if i == 2 else expected)
+
+
+def test_class_centers_of_two_ranks(of_ranks):
+    """Each rank's upstream gradient reaches every rank: summed, twice one process's."""
+    x, y = data()
+    centers, counts = segops.class_centers(x.requires_grad_(), y, 3)
+    centers.backward(normal(3, 6, seed=9))
+    for index, found in enumerate(of_ranks):
+        mine = slice(sum(IMAGES[:index]), sum(IMAGES[: index + 1]))
+        torch.testing.assert_close(found["centers"], [centers.detach(), counts, 2 * x.grad[mine]])
 
 
 def test_without_sync_ranks_differ(of_ranks):

@@ -249,9 +249,8 @@ def test_model_options():
     assert set(none(image, target_of() % 256 % 4)) == {"loss", "fine", "coarse"}
     own = CAR(CLASSES, weights=(2.0, 1.0, 1.0))
     assert HFGD(Small(), CLASSES, car=own, **options).car is own
-    other = HFGD(Small(), CLASSES, car=own, ignore_index=3, **options)
-    with pytest.raises(ValueError, match="car must have the ignore_index of the cross-entropy, 3, got 255"):
-        other(image, target_of())
+    with pytest.raises(ValueError, match="HFGD: car must have the ignore_index of the cross-entropy, 3, got 255"):
+        HFGD(Small(), CLASSES, car=own, ignore_index=3, **options)
     with pytest.raises(ValueError, match="in_channels must be given for a backbone without feature_info"):
         HFGD(Small(), CLASSES)
 
@@ -289,9 +288,10 @@ def test_autocast_and_bfloat16():
         assert head(features).dtype == torch.bfloat16
     low = head.to(torch.bfloat16).losses([x.bfloat16() for x in features], target, car=CAR(CLASSES))
     for terms in (mixed, low):
-        for name in ("fine", "coarse", "intra"):
+        for name, loss in expected.items():
             assert terms[name].dtype == torch.float32
-            torch.testing.assert_close(terms[name], expected[name], rtol=0.02, atol=0)
+            square = name in ("c2c", "c2p")  # of a mean: twice its error
+            torch.testing.assert_close(terms[name], loss, rtol=0.04 if square else 0.02, atol=0)
     sum(low.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in head.parameters())
 
@@ -313,6 +313,29 @@ def test_autocast_and_bfloat16():
 def test_wrong_options(options, words):
     with pytest.raises(ValueError, match=words):
         head_of(**options)
+
+
+def test_car_must_fit_the_head():
+    head = head_of()
+    with pytest.raises(ValueError, match=f"HFGDHead: car must be for the head's {CLASSES} classes, got 2"):
+        head.losses(features_of(), target_of(), car=CAR(2))
+    with pytest.raises(ValueError, match="HFGD: car must be for the head's 5 classes, got 3"):
+        HFGD(MSCAN.variant("t"), 5, car=CAR(3))
+    with pytest.raises(TypeError, match=r"HFGD: car must be a segops\.nn\.CAR, got 'yes'"):
+        HFGD(MSCAN.variant("t"), 5, car="yes")
+
+
+def test_features_of_different_batches():
+    features = features_of()
+    features[1] = features[1][:1]
+    with pytest.raises(ValueError, match=r"features\[1\] must be of 2 images as features\[0\] is, got 1"):
+        head_of()(features)
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": (3, 1)}, {"kernel_size": 2}])
+def test_kernel_of_the_encoder(options):
+    with pytest.raises((TypeError, ValueError), match="ContextAugmentedEncoder: kernel_size must be"):
+        ContextAugmentedEncoder(8, channels=8, out_channels=8, **options)
 
 
 def test_car_needs_an_encoder():

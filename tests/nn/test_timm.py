@@ -48,3 +48,27 @@ def test_necks_on_timm(timm, neck):
     backbone = timm.create_model("resnet18", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
     module = neck(backbone.feature_info.channels(), channels=16, lateral_last=True)
     assert module(backbone(torch.randn(2, 3, 65, 97))).shape == (2, 16, 17, 25)
+
+
+def test_maps_are_chosen_by_their_stride(timm):
+    backbone = timm.create_model("resnet18", pretrained=False, features_only=True)
+    model = HFGD(backbone, 5, in_channels=(64, 128, 256), strides=(4, 8, 16), channels=8, context_channels=16)
+    assert model(torch.randn(1, 3, 64, 96)).shape == (1, 5, 64, 96)
+
+
+def test_maps_with_the_channels_last(timm):
+    """Swin, a backbone of the paper's Tables 3 and 4."""
+    options = {"img_size": 64, "window_size": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+    backbone = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, features_only=True, **options)
+    model = HFGD(backbone, 5, channels=8, context_channels=16, qk_channels=4)
+    assert model.decode_head.in_channels == (8, 16, 32, 64)
+    image = torch.randn(2, 3, 64, 64)
+    model(image, torch.randint(5, (2, 64, 64)))["loss"].backward()
+    assert model.predict(image).shape == (2, 64, 64)
+
+
+def test_a_classifier_is_no_backbone(timm):
+    backbone = timm.create_model("resnet18", pretrained=False)
+    model = HFGD(backbone, 5, in_channels=(64, 128, 256, 512), channels=8, context_channels=16)
+    with pytest.raises(TypeError, match=r"must give a list of maps .*features_only=True\), got Tensor \(4, 1000\)"):
+        model(torch.randn(4, 3, 64, 64))

@@ -28,6 +28,9 @@ def head(n, cells):
 
 
 def inputs_of(name, n, pixels):
+    if name == "axial_attention":  # self-attention of a map in one row, as in HFGD's encoder
+        q, k, v = (torch.randn(1, c, 1, n * pixels * 4, requires_grad=True) for c in (64, 64, 512))
+        return {"query": q, "key": k, "value": v, "order": ("width",), "scale": 0.1}
     if name == "car_losses":
         labels = torch.randint(150, (n, pixels, pixels), dtype=torch.uint8)
         features = torch.randn(n, 512, pixels // 8, pixels // 8, requires_grad=True)
@@ -47,10 +50,10 @@ def call(name, inputs):
     result = getattr(segops, name)(**inputs)
     if name == "car_losses":
         return torch.autograd.grad(sum(result), inputs["features"])
-    if not name.endswith("entropy"):
+    if not result.requires_grad or name.endswith("argmax"):
         return [result]
     wanted = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-    return [result.detach(), *torch.autograd.grad(result, wanted)]
+    return [result.detach(), *torch.autograd.grad(result.sum(), wanted)]
 
 
 def status(field):

@@ -235,6 +235,30 @@ def test_heads_and_lines_together(mode, layout):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@every_lane
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_heads_of_whole_vectors(lane, layout, dtype):
+    """Widths at which channels are read as vectors, in place or widened; lines one pixel longer than whole tiles."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, width, 5, 33, generator=generator).to(dtype).to(lane.device, memory_format=f)
+        for width, f in zip((64, 64, 128), LAYOUTS[layout], strict=True)
+    ]
+    leaves = [x.requires_grad_() for x in inputs]
+    weight = torch.randn(inputs[2].shape, generator=generator).to(lane.device)
+    with lane.active():
+        out = axial_attention(*leaves, num_heads=2, order=("width",))
+        found = [out, *torch.autograd.grad(out, leaves, weight.to(dtype))]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    with segops.use_backend("reference"):
+        out = axial_attention(*exact, num_heads=2, order=("width",))
+        expected = [out, *torch.autograd.grad(out, exact, weight.to(dtype).double())]
+    bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= bound * b.norm()
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 3, 700), (1, 2, 700, 3), (1, 2, 1, 2100)], ids=str)
 @pytest.mark.parametrize("d_v", [3, 150])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -308,3 +332,13 @@ def test_flops_are_those_of_attention_per_axis(backward):
                 out.sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "words"),
+    [(torch.nan, ValueError, "scale must be finite, got nan"), ("a", TypeError, "scale must be a number, got 'a'"),
+     (torch.ones(()), TypeError, r"scale must be a number, got tensor\(1.\)")],
+)  # fmt: skip
+def test_scale_is_a_finite_number(scale, error, words):
+    with pytest.raises(error, match=f"axial_attention: {words}"):
+        axial_attention(*torch.randn(3, 1, 2, 3, 4).unbind(), scale=scale)

@@ -151,6 +151,7 @@ def test_second_derivative():
 
 
 @every_lane
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Triton's interpreter
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_what_is_not_finite_reaches_its_class_alone(lane, value):
     x, y = normal(2, 3, 5, 7).to(lane.device), classes_of(2, 5, 7, classes=4).to(lane.device)

@@ -1,4 +1,4 @@
-"""The fused tails never hold full-resolution logits, nor CAR one-hot maps: peak memory of a fresh process."""
+"""No full-resolution logits, one-hot maps or maps of attention are in memory: peak of a fresh process."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def test_peak_memory_of_car_losses():
     features, centers = 8 * 512 * 64 * 64 * 4, 150 * 512 * 4
     seen = memory_of("car_losses")
     assert seen["taken"] <= 1.1 * features + centers, f"{seen['taken'] >> 20} MiB"
+
+
+def test_peak_memory_of_axial_attention():
+    """16384 pixels in a row, forward and backward: linear. The map of all pairs would be 1 GB."""
+    seen = memory_of("axial_attention")
+    assert seen["taken"] <= 4 * seen["outputs"], f"{seen['taken'] >> 20} MiB"
