@@ -131,7 +131,7 @@ struct Lines {
   }
 
   static void copy(const Region& from, A by, const Packed<A>& to) {
-    const int64_t ahead = from.map.interleaved() ? from.per_outer : 2;  // units whose memory is asked for
+    constexpr int64_t ahead = 2;  // units whose memory is asked for
     for (int64_t unit = 0; unit < from.units; ++unit) {
       if (unit + ahead < from.units) from.ask(unit + ahead);
       from.copy(unit, by, to);
