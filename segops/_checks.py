@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +72,7 @@ def number(function: str, name: str, value: Any, low: float, high: float) -> Non
 def finite(function: str, name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # NaN too; math.isfinite breaks a graph
         raise ValueError(f"{function}: {name} must be finite, got {value!r}")
 
 
