@@ -8,7 +8,7 @@ Layout: features [N, C, h, w] and labels [N, h, w], any strides; centers and dS 
 [N, h, w], contiguous.
 
 A program owns some pixels of an image, and holds E for up to 256 classes; of more it computes them again, forward once
-and backward for each block of channels. Centres are float32: beside bfloat16 features they come as sums of bfloat16
+and backward once for every 128 or 256 channels. Centres are float32: beside bfloat16 features they come as sums of bfloat16
 numbers, three of which hold them in full, so that tensor cores multiply. float16 has not the range: it is widened.
 """
 
@@ -44,19 +44,23 @@ def _own(table, label, c, C: tl.constexpr):
 
 @triton.jit
 def _energy(
-    x, rows, inside, x_strides, scaled, part_step, k, K: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-    PARTS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    x, rows, inside, x_strides, scaled, part_step, k, centers, near, K: tl.constexpr, C: tl.constexpr,
+    BLOCK_C: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """x . mu / sqrt(C) for classes k: [classes, pixels]."""
+    """x . mu / sqrt(C) for classes k: [classes, pixels]; and |x - mu_near|, 0 where near < 0: [pixels]."""
     acc = tl.zeros([k.shape[0], rows.shape[0]], ACC)
+    distance = tl.zeros([rows.shape[0]], ACC)
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        tile = _load(x, rows, inside, c, x_strides, C, WIDE).to(scaled.dtype.element_ty)
+        tile = _load(x, rows, inside, c, x_strides, C, WIDE)
         at = scaled + k[:, None] * C + c[None, :]
         for part in tl.static_range(PARTS):
             mu = tl.load(at + part * part_step, mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
-            acc = dot(mu, tile, acc, INTERPRET)
-    return acc
+            acc = dot(mu, tile.to(scaled.dtype.element_ty), acc, INTERPRET)
+        if near is not None:
+            apart = tl.sum(tl.abs(tile.to(ACC) - _own(centers, near, c, C)), 0)
+            distance += tl.where(near >= 0, apart, 0.0)
+    return acc, distance
 
 
 @triton.jit
@@ -87,12 +91,15 @@ def _forward(
 
     top = tl.full([BLOCK_P], -1.0e38, ACC)
     total = tl.zeros([BLOCK_P], ACC)
+    intra = tl.zeros([BLOCK_P], ACC)
     energy = tl.zeros([BLOCK_K, BLOCK_P], ACC)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        energy = _energy(
-            x, rows, inside, x_strides, scaled, part_step, k, K, C, BLOCK_C, PARTS, WIDE, ACC, INTERPRET
+        near = tl.where((label >= first) & (label < first + BLOCK_K), label, -1)
+        energy, distance = _energy(
+            x, rows, inside, x_strides, scaled, part_step, k, centers, near, K, C, BLOCK_C, PARTS, WIDE, ACC, INTERPRET
         )  # fmt: skip
+        intra += distance
         square = tl.load(own + k, mask=k < K, other=float("-inf"))
         energy = tl.where((k[:, None] == label[None, :]) | (k >= K)[:, None], square[:, None], energy)
         higher = tl.maximum(top, tl.max(energy, 0))
@@ -105,8 +112,9 @@ def _forward(
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         if K > BLOCK_K:
-            energy = _energy(
-                x, rows, inside, x_strides, scaled, part_step, k, K, C, BLOCK_C, PARTS, WIDE, ACC, INTERPRET
+            energy, _ = _energy(
+                x, rows, inside, x_strides, scaled, part_step, k, centers, None, K, C, BLOCK_C, PARTS, WIDE, ACC,
+                INTERPRET,
             )  # fmt: skip
         share = _shares(energy, log_sum, k, label, K)
         under = share <= threshold  # this way round, NaN stays
@@ -115,18 +123,12 @@ def _forward(
     counts = inside
     if MASK:
         counts = label >= 0
-    e = tl.where(excess < low, low, tl.where(excess > high, high, excess))
+    e = tl.where(excess < low, low, tl.where(excess > high, high, excess))  # NaN stays, and is not clipped
+    clipped = (e != excess) & (excess == excess)
     at = image.to(tl.int64) * pixels + pixel
     tl.store(lse + at, log_sum, mask=inside)
-    clipped = (excess < low) | (excess > high)
     tl.store(inner + at, tl.where(counts & ~clipped, above, -1.0), mask=inside)
-
-    distance = tl.zeros([BLOCK_P], ACC)
-    for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        tile = _load(x, rows, inside, c, x_strides, C, WIDE).to(ACC)
-        distance += tl.sum(tl.abs(tile - _own(centers, label, c, C)), 0)
-    tl.store(parts + program, tl.sum(tl.where(label >= 0, distance, 0.0), 0))
+    tl.store(parts + program, tl.sum(intra, 0))
     tl.store(parts + tl.num_programs(0) + program, tl.sum(tl.where(counts, e, 0.0), 0))
 
 
@@ -143,8 +145,8 @@ def _backward(
     grad_x, grad_intra, grad_c2p, grad_sums, x, labels, centers, scaled, lse, inner, grad_strides, x_strides,
     label_strides, pixels, width, tiles, ignore_index, centers_step, grad_sums_step, part_step, threshold,
     K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    PARTS: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     image = program // tiles
@@ -165,18 +167,19 @@ def _backward(
     k = tl.arange(0, BLOCK_K)
     slope = tl.zeros([BLOCK_K, BLOCK_P], operand)
     if K <= BLOCK_K:
-        energy = _energy(
-            x, rows, inside, x_strides, scaled, part_step, k, K, C, BLOCK_C, PARTS, WIDE, ACC, INTERPRET
+        energy, _ = _energy(
+            x, rows, inside, x_strides, scaled, part_step, k, centers, None, K, C, BLOCK_C, PARTS, WIDE, ACC, INTERPRET
         )  # fmt: skip
         slope = rounded(_energy_gradient(energy, log_sum, mean, k, label, threshold, K), operand, INTERPRET)
-    for first_channel in range(0, C, BLOCK_C):
-        c = first_channel + tl.arange(0, BLOCK_C)
-        acc = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    for first_channel in range(0, C, BLOCK_OUT):
+        c = first_channel + tl.arange(0, BLOCK_OUT)
+        acc = tl.zeros([BLOCK_OUT, BLOCK_P], ACC)
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
             if K > BLOCK_K:
-                energy = _energy(
-                    x, rows, inside, x_strides, scaled, part_step, k, K, C, BLOCK_C, PARTS, WIDE, ACC, INTERPRET
+                energy, _ = _energy(
+                    x, rows, inside, x_strides, scaled, part_step, k, centers, None, K, C, BLOCK_C, PARTS, WIDE, ACC,
+                    INTERPRET,
                 )  # fmt: skip
                 slope = rounded(_energy_gradient(energy, log_sum, mean, k, label, threshold, K), operand, INTERPRET)
             mu = tl.load(scaled + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
@@ -253,6 +256,9 @@ def _common(
     half, small = features.dtype == torch.bfloat16, features.dtype == torch.float64
     scaled = centers * c**-0.5
     block_p = 16 if small else 32
+    block_k = min(max(triton.next_power_of_2(classes), 16), 16 if small else 256)
+    if classes > block_k and not small:
+        block_k = 64  # and many channels at a time: what backward computes again is then little
     return {
         "x": features,
         "labels": labels,
@@ -269,7 +275,7 @@ def _common(
         "threshold": c2p_threshold / (classes - 1),
         "K": classes,
         "C": c,
-        "BLOCK_K": min(max(triton.next_power_of_2(classes), 16), 16 if small else 256),
+        "BLOCK_K": block_k,
         "BLOCK_P": block_p,
         "BLOCK_C": min(max(triton.next_power_of_2(c), 16), 32 if half else 16),
         "PARTS": parts if half else 1,
@@ -291,7 +297,7 @@ def _plan_forward(lse, inner, features, labels, centers, ignore_index, c2p_thres
         "low": 1e-7,
         "high": 1 - 1e-7,
     }
-    return Launch(_forward, (programs,), args, 8 if args["BLOCK_K"] > 64 else 4, 2)
+    return Launch(_forward, (programs,), args, 8 if args["K"] > 64 else 4, 2)
 
 
 def _plan_backward(
@@ -302,7 +308,10 @@ def _plan_backward(
     args |= {"lse": lse, "inner": inner, "grad_strides": grad_features.stride(), "GRAD_FLAT": flat(grad_features)}
     args["grad_sums_step"] = grad_sums.stride(0) if grad_sums is not None and grad_sums.dim() == 3 else 0
     args["WIDE"] = args["WIDE"] or wide(grad_features)
-    return Launch(_backward, (features.shape[0] * args["tiles"],), args, 8 if args["BLOCK_K"] > 64 else 4, 2)
+    args["BLOCK_OUT"] = args["BLOCK_C"]
+    if args["K"] > args["BLOCK_K"] and args["ACC"] == tl.float32:
+        args["BLOCK_OUT"] = min(max(triton.next_power_of_2(args["C"]), 16), 8 * args["BLOCK_C"])
+    return Launch(_backward, (features.shape[0] * args["tiles"],), args, 8 if args["K"] > 64 else 4, 2)
 
 
 def aot_cases() -> list[tuple[str, Launch]]:
@@ -311,12 +320,14 @@ def aot_cases() -> list[tuple[str, Launch]]:
     for dtype, name, layout, classes in (
         (torch.bfloat16, "bf16", "channels_last", 150),
         (torch.bfloat16, "bf16", "contiguous", 60),
+        (torch.bfloat16, "bf16", "channels_last", 847),
         (torch.float32, "fp32", "contiguous", 150),
+        (torch.float32, "fp32", "contiguous", 847),
     ):
         features = torch.empty(8, 512, 64, 64, dtype=dtype, device="meta")
         if layout == "channels_last":
             features = features.to(memory_format=torch.channels_last)
-        labels = torch.empty(8, 64, 64, dtype=torch.uint8, device="meta")
+        labels = torch.empty(8, 64, 64, dtype=torch.uint8 if classes < 256 else torch.int16, device="meta")
         lse, centers = (torch.empty(shape, device="meta") for shape in ((8, 64, 64), (classes, 512)))
         given = features, labels, centers
         ending = f"{name}/{layout}/k{classes}"

@@ -90,10 +90,10 @@ def car_losses(
         TypeError: dtypes that do not fit.
 
     The gradient reaches features, twice. Everything runs in float32 (float64 for float64), under autocast too, without
-    atomics: the same, bit for bit, on every run. On the CPU features are read twice forward (for the centres, then for
-    the losses) and once backward; a GPU program reads its pixels' once more in each, from its cache as far as that
-    holds them, and beyond 256 classes more often. Neither a one-hot map nor one of N x K is stored. Backends: C++
-    (CPU), Triton (GPU); ``segops.explain`` says which.
+    atomics: the same, bit for bit, on every run. Features are read twice forward, for the centres and for the losses,
+    and once backward; a GPU program reads its own pixels' again in backward, from its cache as far as that holds them,
+    and beyond 256 classes more often. Neither a one-hot map nor one of N x K is stored. Backends: C++ (CPU), Triton
+    (GPU); ``segops.explain`` says which.
 
     Example:
         >>> features = torch.randn(2, 64, 16, 16)

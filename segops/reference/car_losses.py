@@ -108,6 +108,6 @@ def sample_inputs() -> list[Sample]:
         _sample("absent_classes", (1, 33, 5, 7), Labels((1, 5, 7), 150, 0.1, uint8), **own),
         _sample("one_past_vectors", (1, 17, 3, 11), Labels((1, 3, 11), 17), **own),
         _sample("one_past_blocks", (1, 65, 5, 27), Labels((1, 9, 40), 33, 0.2, uint8), **own),
-        _sample("many_classes", (1, 19, 6, 11), Labels((1, 6, 11), 300, 0.1, int16, -1), False, ignore_index=-1,
+        _sample("many_classes", (1, 130, 6, 11), Labels((1, 6, 11), 300, 0.1, int16, -1), False, ignore_index=-1,
                 c2p_threshold=1.5),
     ]  # fmt: skip
