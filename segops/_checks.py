@@ -62,16 +62,19 @@ def integer(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}: {name} must be an int, got {value!r}")
 
 
-def number(function: str, name: str, value: Any, low: float, high: float) -> None:
+def _real(function: str, name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be a number, got {value!r}")
+
+
+def number(function: str, name: str, value: Any, low: float, high: float) -> None:
+    _real(function, name, value)
     if not low <= value <= high:  # NaN too
         raise ValueError(f"{function}: {name} must be in [{low:g}, {high:g}], got {value!r}")
 
 
 def finite(function: str, name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
+    _real(function, name, value)
     if not -sys.float_info.max <= value <= sys.float_info.max:  # NaN too; math.isfinite breaks a graph
         raise ValueError(f"{function}: {name} must be finite, got {value!r}")
 
