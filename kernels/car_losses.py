@@ -8,8 +8,9 @@ Layout: features [N, C, h, w] and labels [N, h, w], any strides; centers and dS 
 [N, h, w], contiguous.
 
 A program owns some pixels of an image, and holds E for up to 256 classes; of more it computes them again, forward once
-and backward once for every 128 or 256 channels. Centres are float32: beside bfloat16 features they come as sums of bfloat16
-numbers, three of which hold them in full, so that tensor cores multiply. float16 has not the range: it is widened.
+and backward once for every 128 or 256 channels. Centres are float32: beside bfloat16 features they come as sums of
+bfloat16 numbers, three of which hold them in full, so that tensor cores multiply. float16 has not the range: it is
+widened.
 """
 
 from __future__ import annotations
