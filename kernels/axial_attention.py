@@ -19,6 +19,8 @@ enough (float16), delta takes a sweep of its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ __all__ = ["aot_cases", "backward", "forward"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1.0e38)
+LITTLE = 1 << 20  # elements, that are not worth a launch
 
 
 @triton.jit
@@ -294,12 +297,15 @@ def forward(
         _plan_forward("h", out, column[:, :, 0], None, query, key, value, *settings, skip=True).run()
         _plan_forward("w", out, lse[:, :, 0], column[:, :, 0], query, key, value, *settings).run()
         return
-    composed = combine == "compose" and len(axes) == 2
-    between = (first if first.numel() else torch.empty_like(out)) if composed else out
-    _plan_forward(axes[0], between, lse[:, :, 0], None, query, key, value, *settings).run()
+    if combine == "compose" and len(axes) == 2:
+        for views, between in _pieces(out, first, lse, query, key, value, num_heads):
+            out, lse, query, key, value, heads = views
+            _plan_forward(axes[0], between, lse[:, :, 0], None, query, key, value, heads, scale).run()
+            _plan_forward(axes[1], out, lse[:, :, 1], None, query, key, between, heads, scale).run()
+        return
+    _plan_forward(axes[0], out, lse[:, :, 0], None, query, key, value, *settings).run()
     if len(axes) == 2:
-        read = between if composed else value
-        _plan_forward(axes[1], out, lse[:, :, 1], None, query, key, read, *settings, add=not composed).run()
+        _plan_forward(axes[1], out, lse[:, :, 1], None, query, key, value, *settings, add=True).run()
 
 
 def backward(
@@ -343,6 +349,26 @@ def backward(
         between = torch.empty_like(grad_value)
         run(axes[1], between, grad_out, first, out, 1, delta_from=source)
         run(axes[0], grad_value, between, value, first, 0, delta_from=source, add=True)
+
+
+def _pieces(out, first, lse, query, key, value, num_heads) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Images, heads and channels whose first results, unless they are kept, take little beside the maps."""
+    if first.numel():
+        yield (out, lse, query, key, value, num_heads), first
+        return
+    n, d, d_v = query.shape[0], query.shape[1] // num_heads, value.shape[1] // num_heads
+    little = max(sum(x.numel() for x in (out, query, key, value)) // 10, LITTLE)
+    pixels = out.shape[2] * out.shape[3]
+    images = min(max(little // (num_heads * d_v * pixels), 1), n)
+    heads = min(max(little // (d_v * pixels), 1), num_heads) if images == 1 else num_heads
+    channels = min(max(little // pixels // 64, 1) * 64, d_v) if heads == 1 else d_v
+    for image, head, channel in product(range(0, n, images), range(0, num_heads, heads), range(0, d_v, channels)):
+        of = slice(image, image + images)
+        some = min(heads, num_heads - head)
+        q, k = (x[of, head * d : (head + some) * d] for x in (query, key))
+        at = head * d_v + channel
+        v, to = (x[of, at : min(at + some * channels, (head + some) * d_v)] for x in (value, out))
+        yield (to, lse[of, head : head + some], q, k, v, some), torch.empty_like(to)
 
 
 def _plan_forward(axis, out, lse, before, query, key, value, *settings, skip=False, add=False) -> Launch:
@@ -406,34 +432,48 @@ def _plan(kernel: Any, axis: str, maps: dict[str, Tensor | None], num_heads: int
 
 
 def configuration(kernel: Any, d: int, d_v: int, itemsize: int, length: int) -> dict[str, int]:
-    """Blocks of queries, keys and channels, and warps.
+    """Blocks of queries, keys and channels, and warps: the largest that do not spill.
 
     fp32 has no tensor core and unrolls its products, hence the narrower blocks; fp64 is there to be right.
     """
-    forward = kernel is _forward
-    widest = {2: 128 if forward else 64, 4: 32, 8: 16}[itemsize]
-    rows = {2: 64, 4: 32, 8: 16}[itemsize]
-    block_d, block_v = (min(max(triton.next_power_of_2(width), 16), widest) for width in (d, d_v))
-    rows = min(rows, max(triton.next_power_of_2(length), 16))
+    widest, rows, warps = {2: (64, 64, 4), 4: (32, 32, 4), 8: (16, 8, 4)}[itemsize]
+    queries = rows
+    if itemsize == 8:
+        pass
+    elif kernel is _forward:
+        if d > 128:
+            queries = rows = rows // 2
+        elif itemsize == 2:
+            widest, warps = 128, 8 if d_v > 32 else 4
+    elif itemsize == 2 and max(d, d_v) > 64:
+        queries, rows, warps = 32, 32, 8
+    elif itemsize == 4 and max(d, d_v) > 32:
+        queries, widest, warps = 16, 16, 8
+    most = max(triton.next_power_of_2(length), 16)
     return {
-        "BLOCK_Q": rows,
-        "BLOCK_K": rows,
-        "BLOCK_D": block_d,
-        "BLOCK_V": block_v,
-        "num_warps": 8 if block_v > 64 else 4,
+        "BLOCK_Q": min(queries, most),
+        "BLOCK_K": min(rows, most),
+        "BLOCK_D": min(max(triton.next_power_of_2(d), 16), widest),
+        "BLOCK_V": min(max(triton.next_power_of_2(d_v), 16), widest),
+        "num_warps": warps,
     }
 
 
 def aot_cases() -> list[tuple[str, Launch]]:
     """The shipped configurations, named axial_attention/kernel/dtype/layout/head widths/axis.
 
-    Shapes: HFGD's axial attention at stride 4 of a 513 x 513 crop, four heads of 64 channels; criss-cross attention.
+    Shapes: HFGD's axial attention at stride 4 of a 513 x 513 crop, four heads of 64 channels; CAA's form of it, one
+    head of 64 and 256; criss-cross attention, one of 64 and 512.
     """
     cases = []
     for dtype, layout, heads, d, d_v, axis, delta in (
         ("bf16", "channels_last", 4, 64, 64, "h", "out"),
         ("fp32", "nchw", 4, 64, 64, "w", "sweep"),
         ("fp64", "nchw", 4, 64, 64, "w", "out"),
+        ("bf16", "nchw", 1, 64, 256, "h", "out"),
+        ("fp32", "nchw", 1, 64, 256, "w", "out"),
+        ("bf16", "channels_last", 1, 64, 512, "w", "out"),
+        ("fp32", "channels_last", 1, 64, 512, "h", "given"),
     ):
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         q, v = (
@@ -441,14 +481,14 @@ def aot_cases() -> list[tuple[str, Launch]]:
             for c in (d, d_v)
         )
         lse = torch.empty(2, heads, 129, 129, dtype=torch.float64 if dtype == "fp64" else torch.float32, device="meta")
-        launches = [_plan_forward(axis, v, lse, None, q, q, v, heads, 0.125)]
+        skip = delta == "given"  # of a column beside its row
+        before = lse if d_v == 512 and not skip else None
+        launches = [_plan_forward(axis, v, lse, before, q, q, v, heads, 0.125, skip=skip)]
         if dtype != "fp64":
-            launches += _plan_backward(axis, q, q, v, v, q, q, v, v, lse, lse, heads, 0.125, delta_from=delta, add=True)
+            maps = q, q, v, v, q, q, v, v, lse, lse
+            launches += _plan_backward(axis, *maps, heads, 0.125, delta_from=delta, skip=skip, add=True, add_value=skip)
         for name, launch in zip(("forward", "backward_query", "backward_key_value"), launches, strict=False):
             cases.append((f"axial_attention/{name}/{dtype}/{layout}/d{d}/v{d_v}/{axis}", launch))
-    q, v = (torch.empty(1, c, 97, 97, dtype=torch.bfloat16, device="meta") for c in (64, 512))
-    lse = torch.empty(1, 1, 97, 97, device="meta")
-    cases.append(("axial_attention/merge/bf16/nchw/d64/v512/w", _plan_forward("w", v, lse, lse, q, q, v, 1, 1.0)))
     return cases
 
 

@@ -2,9 +2,9 @@
 
 Layout: features [N, C, h, w] and labels [N, h, w], any strides; sums [K, C] or [N, K, C], contiguous.
 
-A program sums some channels over some pixels of an image, by the product of one-hot rows, which it makes in registers,
+A program sums some channels over some stretches of pixels, by the product of one-hot rows, which it makes in registers,
 with its features; where a sum is not finite, which then holds for every class, again without a product. Programs' sums
-are added in order.
+are added in order: of as many parts as leave them small beside the features.
 """
 
 from __future__ import annotations
@@ -24,46 +24,60 @@ __all__ = ["aot_cases", "backward", "forward"]
 
 
 @triton.jit
+def _load(
+    x, labels, x_strides, label_strides, image, pixel, c, pixels, width, ignore_index, K: tl.constexpr,
+    C: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Channels c of the pixels that count, else 0: [pixels, channels]; and the pixels' classes."""
+    label = classes_of(labels, label_strides, image, pixel, pixel < pixels, width, ignore_index, K, WIDE)
+    rows = offsets(x_strides, image, pixel, width, FLAT, WIDE)
+    columns = (c.to(tl.int64) if WIDE else c) * x_strides[1]
+    mask = (label >= 0)[:, None] & (c < C)[None, :]
+    return tl.load(x + rows[:, None] + columns[None, :], mask=mask, other=0.0), label
+
+
+@triton.jit
 def _forward(
-    sums, counts, x, labels, x_strides, label_strides, pixels, width, stretches, channel_blocks, class_blocks,
-    ignore_index,
+    sums, counts, x, labels, x_strides, label_strides, pixels, width, stretches, units, parts, channel_blocks,
+    class_blocks, ignore_index,
     K: tl.constexpr, C: tl.constexpr, STRETCH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """sums [N, stretches, K, C] and counts [N, stretches, K]."""
+    """sums [groups, parts, K, C] and counts [groups, parts, K], of a group's ``units``: stretches of its images."""
     program = tl.program_id(0)
     channel_block = program % channel_blocks
     class_block = program // channel_blocks % class_blocks
-    part = program // channel_blocks // class_blocks
-    image = part // stretches
+    row = program // channel_blocks // class_blocks
+    group = row // parts
+    begin = group * units + row % parts * units // parts
+    end = group * units + (row % parts + 1) * units // parts
     k = class_block * BLOCK_K + tl.arange(0, BLOCK_K)
     c = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros([BLOCK_K, BLOCK_C], ACC)
     number = tl.zeros([BLOCK_K], tl.int32)
-    for first in range(0, STRETCH, BLOCK_P):
-        pixel = part % stretches * STRETCH + first + tl.arange(0, BLOCK_P)
-        inside = pixel < pixels
-        label = classes_of(labels, label_strides, image, pixel, inside, width, ignore_index, K, WIDE)
-        rows = offsets(x_strides, image, pixel, width, FLAT, WIDE)
-        columns = (c.to(tl.int64) if WIDE else c) * x_strides[1]
-        tile = tl.load(x + rows[:, None] + columns[None, :], mask=(label >= 0)[:, None] & (c < C)[None, :], other=0.0)
-        hot = label[None, :] == k[:, None]
-        acc = dot(hot.to(tl.float32).to(tile.dtype), tile, acc, INTERPRET)
-        number += tl.sum(hot.to(tl.int32), 1)
+    for unit in range(begin, end):
+        for first in range(0, STRETCH, BLOCK_P):
+            pixel = unit % stretches * STRETCH + first + tl.arange(0, BLOCK_P)
+            tile, label = _load(
+                x, labels, x_strides, label_strides, unit // stretches, pixel, c, pixels, width, ignore_index, K, C,
+                FLAT, WIDE,
+            )  # fmt: skip
+            hot = label[None, :] == k[:, None]
+            acc = dot(hot.to(tl.float32).to(tile.dtype), tile, acc, INTERPRET)
+            number += tl.sum(hot.to(tl.int32), 1)
     if tl.max(tl.max((acc - acc != 0).to(tl.int32), 1), 0) > 0:
         acc = tl.zeros([BLOCK_K, BLOCK_C], ACC)
-        for first in range(0, STRETCH):
-            pixel = part % stretches * STRETCH + first + tl.arange(0, 1)
-            label = classes_of(labels, label_strides, image, pixel, pixel < pixels, width, ignore_index, K, WIDE)
-            rows = offsets(x_strides, image, pixel, width, FLAT, WIDE)
-            columns = (c.to(tl.int64) if WIDE else c) * x_strides[1]
-            tile = tl.load(
-                x + rows[:, None] + columns[None, :], mask=(label >= 0)[:, None] & (c < C)[None, :], other=0.0
-            )
-            acc += tl.where(label[None, :] == k[:, None], tile.to(ACC), 0.0)
-    row = part.to(tl.int64) * K + k
-    tl.store(sums + row[:, None] * C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
-    tl.store(counts + row, number.to(tl.int64), mask=(k < K) & (channel_block == 0))
+        for unit in range(begin, end):
+            for first in range(0, STRETCH):
+                pixel = unit % stretches * STRETCH + first + tl.arange(0, 1)
+                tile, label = _load(
+                    x, labels, x_strides, label_strides, unit // stretches, pixel, c, pixels, width, ignore_index, K,
+                    C, FLAT, WIDE,
+                )  # fmt: skip
+                acc += tl.where(label[None, :] == k[:, None], tile.to(ACC), 0.0)
+    to = row.to(tl.int64) * K + k
+    tl.store(sums + to[:, None] * C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
+    tl.store(counts + to, number.to(tl.int64), mask=(k < K) & (channel_block == 0))
 
 
 @triton.jit
@@ -96,9 +110,8 @@ def forward(sums: Tensor, counts: Tensor, features: Tensor, labels: Tensor, igno
         return
     launch = _plan_forward(sums, features, labels, ignore_index)
     launch.run()
-    axes = (1,) if sums.dim() == 3 else (0, 1)
-    torch.sum(launch.args["sums"], axes, out=sums)
-    torch.sum(launch.args["counts"], axes, out=counts)
+    torch.sum(launch.args["sums"], 1, out=sums if sums.dim() == 3 else sums[None])
+    torch.sum(launch.args["counts"], 1, out=counts if sums.dim() == 3 else counts[None])
 
 
 def backward(grad_features: Tensor, grad_sums: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -115,9 +128,12 @@ def _plan_forward(sums: Tensor, features: Tensor, labels: Tensor, ignore_index: 
     block_c = min(max(triton.next_power_of_2(c), 16), 16 if small else 64)
     stretch = min(1024, max(triton.next_power_of_2(height * width), 16))
     stretches = triton.cdiv(height * width, stretch)
+    groups, units = (n, stretches) if sums.dim() == 3 else (1, n * stretches)
+    small_beside = features.numel() * features.element_size() // 16
+    parts = max(1, min(units, small_beside // (groups * classes * c * sums.element_size())))
     args: dict[str, Any] = {
-        "sums": sums.new_empty(n, stretches, classes, c),
-        "counts": sums.new_empty(n, stretches, classes, dtype=torch.int64),
+        "sums": sums.new_empty(groups, parts, classes, c),
+        "counts": sums.new_empty(groups, parts, classes, dtype=torch.int64),
         "x": features,
         "labels": labels,
         "x_strides": features.stride(),
@@ -125,6 +141,8 @@ def _plan_forward(sums: Tensor, features: Tensor, labels: Tensor, ignore_index: 
         "pixels": height * width,
         "width": width,
         "stretches": stretches,
+        "units": units,
+        "parts": parts,
         "channel_blocks": triton.cdiv(c, block_c),
         "class_blocks": triton.cdiv(classes, block_k),
         "ignore_index": ignore_index,
@@ -139,7 +157,7 @@ def _plan_forward(sums: Tensor, features: Tensor, labels: Tensor, ignore_index: 
         "ACC": tl.float64 if small else tl.float32,
         "INTERPRET": triton.knobs.runtime.interpret,
     }
-    programs = n * stretches * args["channel_blocks"] * args["class_blocks"]
+    programs = groups * parts * args["channel_blocks"] * args["class_blocks"]
     return Launch(_forward, (programs,), args, 8 if block_k > 64 else 4, 2)
 
 

@@ -2,7 +2,7 @@
 //
 //   S_k = sum of x_p over the pixels p of class k,   backward  dx_p = dS_{y_p}
 //
-// A block owns `block_channels` channels, a span of classes and a stretch of an image's pixels. Tiles of pixels come into
+// A block owns `block_channels` channels, a span of classes and some stretches of pixels. Tiles of pixels come into
 // shared memory along whichever axis is dense; then a thread owns a channel and walks the pixels, so that no two threads
 // add to one sum: no atomics. It adds up a run of equal labels in a register, since label maps are smooth, and a run to
 // its class's row in shared memory. The blocks' sums are added in order by a second kernel.
@@ -34,8 +34,9 @@ struct Call {
   int label_bytes;
   int64_t images, ignore_index;
   int channels, classes, width, pixels, stretches, channel_blocks, span, spans;  // span: classes of a block
-  A *sums, *partial;                                                             // partial [images][stretches][K][C]
-  int64_t *counts, *partial_counts;                                              // [images][stretches][K]
+  int64_t units, parts;              // of a group, an image or all: stretches, and sums of some of them
+  A *sums, *partial;                 // partial [groups][parts][K][C]
+  int64_t *counts, *partial_counts;  // [groups][parts][K]
   bool per_image, pixels_fastest, bfloat16;
 
   // The class of an image's pixel, -1 where it does not count.
@@ -68,9 +69,7 @@ __global__ void __launch_bounds__(block_channels) partial_kernel(const __grid_co
   const int first_channel = rest % call.channel_blocks * block_channels;
   rest /= call.channel_blocks;
   const int first_class = rest % call.spans * call.span;
-  const int64_t part = rest / call.spans, image = part / call.stretches;
-  const int start = static_cast<int>(part % call.stretches) * stretch;
-  const int end = least(start + stretch, call.pixels);
+  const int64_t part = rest / call.spans, group = part / call.parts, within = part % call.parts;
   for (int k = 0; k < call.span; ++k) table[k * block_channels + lane] = 0;
   if (lane == 0)
     for (int k = 0; k < call.span; ++k) number[k] = 0;
@@ -83,25 +82,30 @@ __global__ void __launch_bounds__(block_channels) partial_kernel(const __grid_co
     table[k * block_channels + lane] += run;
     if (lane == 0) number[k] += length;
   };
-  for (int first = start; first < end; first += tile_pixels) {
-    if (lane < tile_pixels) label[lane] = first + lane < end ? call.label(image, first + lane) : -1;
-    for (int i = lane; i < block_channels * tile_pixels; i += block_channels) {
-      const int c = call.pixels_fastest ? i / tile_pixels : i % block_channels;
-      const int p = call.pixels_fastest ? i % tile_pixels : i / block_channels;
-      const bool exists = first + p < end && first_channel + c < call.channels;
-      tile[c * pitch + p] = exists ? accumulator(*call.at(image, first_channel + c, first + p), call.bfloat16) : A(0);
-    }
-    __syncthreads();
-    for (int p = 0; p < tile_pixels; ++p) {
-      const A value = tile[lane * pitch + p];
-      if (label[p] == current) {
-        run += value, ++length;
-      } else {
-        finish();
-        run = value, current = label[p], length = 1;
+  const int64_t last = group * call.units + (within + 1) * call.units / call.parts;
+  for (int64_t unit = group * call.units + within * call.units / call.parts; unit < last; ++unit) {
+    const int64_t image = unit / call.stretches;
+    const int start = static_cast<int>(unit % call.stretches) * stretch, end = least(start + stretch, call.pixels);
+    for (int first = start; first < end; first += tile_pixels) {
+      if (lane < tile_pixels) label[lane] = first + lane < end ? call.label(image, first + lane) : -1;
+      for (int i = lane; i < block_channels * tile_pixels; i += block_channels) {
+        const int c = call.pixels_fastest ? i / tile_pixels : i % block_channels;
+        const int p = call.pixels_fastest ? i % tile_pixels : i / block_channels;
+        const bool exists = first + p < end && first_channel + c < call.channels;
+        tile[c * pitch + p] = exists ? accumulator(*call.at(image, first_channel + c, first + p), call.bfloat16) : A(0);
       }
+      __syncthreads();
+      for (int p = 0; p < tile_pixels; ++p) {
+        const A value = tile[lane * pitch + p];
+        if (label[p] == current) {
+          run += value, ++length;
+        } else {
+          finish();
+          run = value, current = label[p], length = 1;
+        }
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
   finish();
 
@@ -121,13 +125,13 @@ __global__ void __launch_bounds__(threads) sum_kernel(const __grid_constant__ Ca
   const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
   if (i >= groups * table) return;
   const int64_t group = i / table, entry = i % table, k = entry / call.channels;
-  const int64_t parts = (call.per_image ? 1 : call.images) * call.stretches, first = group * call.stretches;
+  const int64_t first = group * call.parts;
   Accumulator<T> sum = 0;
-  for (int64_t part = first; part < first + parts; ++part) sum += call.partial[part * table + entry];
+  for (int64_t part = first; part < first + call.parts; ++part) sum += call.partial[part * table + entry];
   call.sums[i] = sum;
   if (entry % call.channels) return;
   int64_t count = 0;
-  for (int64_t part = first; part < first + parts; ++part) count += call.partial_counts[part * call.classes + k];
+  for (int64_t part = first; part < first + call.parts; ++part) count += call.partial_counts[part * call.classes + k];
   call.counts[group * call.classes + k] = count;
 }
 
@@ -179,7 +183,12 @@ int64_t class_centers(const Tensor& sums, const Tensor& counts, const Tensor& fe
     const int most = 256 * 4 / sizeof(A);  // 64 KiB
     call.span = call.classes < most ? call.classes : most;
     call.spans = (call.classes + call.span - 1) / call.span;
-    const int64_t parts = call.images * call.stretches;
+    const int64_t groups = call.per_image ? call.images : 1, all = call.images * call.stretches;
+    call.units = call.per_image ? call.stretches : all;
+    // What the parts take is little beside the features.
+    const int64_t fit = features.numel() * features.element_size() / 16 / (sums.numel() * int64_t(sizeof(A)));
+    call.parts = fit < 1 ? 1 : fit < call.units ? fit : call.units;
+    const int64_t parts = groups * call.parts;
     const Tensor partial = torch::stable::new_empty(sums, {parts * call.classes * call.channels});
     const Tensor partial_counts = torch::stable::new_empty(counts, {parts * call.classes});
     call.partial = static_cast<A*>(partial.data_ptr());

@@ -31,6 +31,9 @@ def inputs_of(name, n, pixels):
     if name == "axial_attention":  # self-attention of a map in one row, as in HFGD's encoder
         q, k, v = (torch.randn(1, c, 1, n * pixels * 4, requires_grad=True) for c in (64, 64, 512))
         return {"query": q, "key": k, "value": v, "order": ("width",), "scale": 0.1}
+    if name == "axial_attention_forward":  # the decoder's map of a 513 x 513 crop
+        q, k, v = (torch.randn(1, 256, 129, 129) for _ in range(3))
+        return {"query": q, "key": k, "value": v, "num_heads": 4}
     if name == "car_losses":
         labels = torch.randint(150, (n, pixels, pixels), dtype=torch.uint8)
         features = torch.randn(n, 512, pixels // 8, pixels // 8, requires_grad=True)
@@ -47,7 +50,7 @@ def inputs_of(name, n, pixels):
 
 
 def call(name, inputs):
-    result = getattr(segops, name)(**inputs)
+    result = getattr(segops, name.removesuffix("_forward"))(**inputs)
     if name == "car_losses":
         return torch.autograd.grad(sum(result), inputs["features"])
     if not result.requires_grad or name.endswith("argmax"):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import segops
-from segops import axial_attention
+from segops import _dispatch, axial_attention
 from segops.reference.axial_attention import axial_attention as reference
 
-from .lanes import every_lane
+from .lanes import LANES, every_lane
 
 torch.manual_seed(0)
 
@@ -342,3 +342,24 @@ def test_flops_are_those_of_attention_per_axis(backward):
 def test_scale_is_a_finite_number(scale, error, words):
     with pytest.raises(error, match=f"axial_attention: {words}"):
         axial_attention(*torch.randn(3, 1, 2, 3, 4).unbind(), scale=scale)
+
+
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane.backend == "triton"], ids=lambda lane: lane.name)
+@pytest.mark.parametrize(("heads", "images"), [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize("order", [("height", "width"), ("width", "height")], ids=str)
+def test_composed_in_pieces_is_the_whole(lane, heads, images, order, monkeypatch):
+    """Without a gradient the first axis's result is of a few images, heads and channels at a time."""
+    lane.skip_if_missing("axial_attention")
+    kernels = _dispatch.kernels("axial_attention")
+    monkeypatch.setattr(kernels, "LITTLE", 0)
+    q, k = (torch.randn(images, heads * 5, 4, 6, device=lane.device) for _ in range(2))
+    v = torch.randn(images, heads * 130, 4, 6, device=lane.device)
+    with lane.active(), torch.no_grad():
+        actual = axial_attention(q, k, v, num_heads=heads, order=order)
+    with segops.use_backend("reference"):
+        torch.testing.assert_close(actual, axial_attention(q, k, v, num_heads=heads, order=order))
+    lse = v.new_empty(images, heads, 2, 4, 6)
+    pieces = list(kernels._pieces(v, v.new_empty(0), lse, q, k, v, heads))
+    assert len(pieces) > 1
+    least = 64 * 4 * 6
+    assert max(between.numel() for _, between in pieces) <= max(least, (q.numel() + k.numel() + 2 * v.numel()) // 10)

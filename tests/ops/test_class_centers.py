@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import segops
+from segops import _dispatch
 from segops.reference.class_centers import nearest
 
 from .lanes import every_lane
@@ -165,3 +166,19 @@ def test_what_is_not_finite_reaches_its_class_alone(lane, value):
     x[0, 1, 1, 2] = -value  # inf - inf
     with lane.active():
         assert segops.class_centers(x, y, 4).centers[2, 1].isnan()
+
+
+@pytest.mark.parametrize("shape", [(16, 512, 17, 17), (8, 512, 64, 64), (2, 64, 5, 7), (1, 256, 129, 129)], ids=str)
+@pytest.mark.parametrize("classes", [19, 150, 847])
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_triton_stores_is_little_beside_the_features(shape, classes, per_image, dtype):
+    """Planned on no device. One table of sums is the least."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    kernels = _dispatch.kernels("class_centers")
+    n, c, h, w = shape
+    features, labels = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(n, h, w, device="meta").byte()
+    sums = torch.empty((n, classes, c) if per_image else (classes, c), device="meta")
+    args = kernels._plan_forward(sums, features, labels, 255).args
+    assert args["sums"].nbytes <= max(sums.nbytes, features.nbytes // 16)
+    assert args["parts"] <= args["units"]

@@ -17,7 +17,7 @@ THREADS = 2
 
 
 def memory_of(name):
-    Lane("cpu", "cpu").skip_if_missing(name)
+    Lane("cpu", "cpu").skip_if_missing(name.removesuffix("_forward"))
     if not memory.CLEAR.exists():
         pytest.skip(f"{memory.CLEAR} is missing: the high-water mark cannot be reset")
     command = [sys.executable, "-m", "tests.ops.memory", name, str(THREADS)]
@@ -41,6 +41,12 @@ def test_peak_memory_of_car_losses():
     features, centers = 8 * 512 * 64 * 64 * 4, 150 * 512 * 4
     seen = memory_of("car_losses")
     assert seen["taken"] <= 1.1 * features + centers, f"{seen['taken'] >> 20} MiB"
+
+
+def test_peak_memory_of_axial_attention_forward():
+    """What it takes beyond its output is a tenth of inputs and output. Permuted copies would be three outputs."""
+    seen = memory_of("axial_attention_forward")
+    assert seen["taken"] <= seen["outputs"] + 0.1 * 4 * seen["outputs"], f"{seen['taken'] >> 20} MiB"
 
 
 def test_peak_memory_of_axial_attention():
