@@ -274,15 +274,15 @@ class HFGDHead(BilinearDecoder):
             ``"fine"``, ``"coarse"`` where the head is guided, and ``"intra"``, ``"c2c"``, ``"c2p"`` with ``car``.
 
         Raises:
-            ValueError: ``car`` without an encoder, of another number of classes, or with another ``ignore_index`` than
-                the cross-entropy.
+            ValueError: ``car`` without an encoder, of another number of classes, with another ``ignore_index`` than the
+                cross-entropy, or beside ``reduction="none"``: its losses are not of pixels.
             TypeError: ``car`` is not a :class:`CAR`.
         """
         name = type(self).__name__
-        if car is not None and self.encoder is None:
-            raise ValueError(f"{name}: car needs a head with a context, got context=None")
         if car is not None:
-            _check_car(name, car, self.num_classes, ce.get("ignore_index", 255))
+            _check_car(name, car, self, ce.get("ignore_index", 255))
+            if ce.get("reduction") == "none":
+                raise ValueError(f"{name}: car's losses are scalars, and reduction='none' gives one loss per pixel")
         logits, aux = self(features, return_aux=True)
         terms = {"fine": fine_weight * self.upsample.loss(logits, target, **ce)}
         if self.guided:
@@ -310,14 +310,16 @@ class HFGD(SegmentationModel):
         in_channels: Width of the maps that the head takes; None means those at stride 4 and coarser of the backbone's
             ``feature_info``.
         strides: Their strides; None means those of ``feature_info``, else 4, 8, 16, 32.
-        car: The regularisation: True (:class:`CAR` with its defaults), False, or a module.
+        car: The regularisation: True (:class:`CAR` with its defaults), False, or a module; None means True where there
+            is an encoder.
         ignore_index: Label of pixels without meaning, in every loss.
         fine_weight: Factor on the cross-entropy of the fine logits.
         coarse_weight: The same of the coarse ones.
         **head: Keywords of :class:`HFGDHead`.
 
     Raises:
-        ValueError: neither ``in_channels`` nor ``feature_info``, a ``car`` that does not fit, and what the head raises.
+        ValueError: neither ``in_channels`` nor ``feature_info``, a ``car`` that does not fit or has no encoder; what
+            the head raises.
         TypeError: ``car`` is neither a bool nor a :class:`CAR`; in forward, a backbone that gives no list of maps.
 
     Children ``backbone``, ``decode_head`` and ``car``.
@@ -337,7 +339,7 @@ class HFGD(SegmentationModel):
         *,
         in_channels: Sequence[int] | None = None,
         strides: Sequence[int] | None = None,
-        car: CAR | bool = True,
+        car: CAR | bool | None = None,
         ignore_index: int = 255,
         fine_weight: float = 1.0,
         coarse_weight: float = 1.0,
@@ -352,10 +354,15 @@ class HFGD(SegmentationModel):
             in_channels = [channels for channels, stride in maps if stride >= 4]
             strides = [stride for _, stride in maps if stride >= 4] if strides is None else strides
         strides = (4, 8, 16, 32) if strides is None else strides
-        super().__init__(backbone, HFGDHead(in_channels, num_classes, strides=strides, **head))
-        self.car = CAR(num_classes, ignore_index=ignore_index) if car is True else car or None
+        decode_head = HFGDHead(in_channels, num_classes, strides=strides, **head)
+        super().__init__(backbone, decode_head)
+        if car is None:
+            car = decode_head.encoder is not None
+        if car is True:
+            car = CAR(num_classes, ignore_index=ignore_index)
+        self.car = None if car is False else car
         if self.car is not None:
-            _check_car(type(self).__name__, self.car, num_classes, ignore_index)
+            _check_car(type(self).__name__, self.car, decode_head, ignore_index)
         self.ignore_index = ignore_index
         self.fine_weight, self.coarse_weight = fine_weight, coarse_weight
 
@@ -387,11 +394,13 @@ class HFGD(SegmentationModel):
         return losses["loss"]
 
 
-def _check_car(name: str, car: Any, num_classes: int, ignore_index: int) -> None:
+def _check_car(name: str, car: Any, head: HFGDHead, ignore_index: int) -> None:
     if not isinstance(car, CAR):
         raise TypeError(f"{name}: car must be a segops.nn.CAR, got {car!r}")
-    if car.num_classes != num_classes:
-        raise ValueError(f"{name}: car must be for the head's {num_classes} classes, got {car.num_classes}")
+    if head.encoder is None:
+        raise ValueError(f"{name}: car needs a head with a context, got context=None")
+    if car.num_classes != head.num_classes:
+        raise ValueError(f"{name}: car must be for the head's {head.num_classes} classes, got {car.num_classes}")
     if car.ignore_index != ignore_index:
         raise ValueError(
             f"{name}: car must have the ignore_index of the cross-entropy, {ignore_index}, got {car.ignore_index}"

@@ -340,7 +340,21 @@ def test_kernel_of_the_encoder(options):
 
 def test_car_needs_an_encoder():
     head = head_of(context=None, guided=False)
-    with pytest.raises(ValueError, match="car needs a head with a context"):
+    with pytest.raises(ValueError, match="HFGDHead: car needs a head with a context, got context=None"):
         head.losses(features_of(), target_of(), car=CAR(CLASSES))
+    options = {"in_channels": WIDTHS, "channels": 8, "context": None, "guided": False}
+    for car in (True, CAR(CLASSES)):
+        with pytest.raises(ValueError, match="HFGD: car needs a head with a context, got context=None"):
+            HFGD(Small(), CLASSES, car=car, **options)
+    model = HFGD(Small(), CLASSES, **options)
+    assert model.car is None
+    assert set(model(torch.randn(2, 3, 65, 88), target_of())) == {"loss", "fine"}
+
+
+def test_car_fits_the_cross_entropy():
+    options = {"car": CAR(CLASSES), "reduction": "none"}
+    with pytest.raises(ValueError, match="car's losses are scalars, and reduction='none' gives one loss per pixel"):
+        head_of().loss(features_of(), target_of(), **options)
+    assert head_of().loss(features_of(), target_of(), reduction="none").shape == (2, 65, 88)
     with pytest.raises(ValueError, match="car must have the ignore_index of the cross-entropy, 7, got 255"):
         head_of().losses(features_of(), target_of(), car=CAR(CLASSES), ignore_index=7)
