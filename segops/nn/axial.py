@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..ops.axial_attention import axial_attention
+from ..ops.axial_attention import axial_attention, check_mode
 from ._layers import check_map, init_glorot
 
 __all__ = ["AxialAttention2d"]
 
 MERGES = ("concat", "interleaved")
-COMBINES = ("compose", "sum", "joint")
 
 
 class AxialAttention2d(nn.Module):
@@ -90,16 +89,10 @@ class AxialAttention2d(nn.Module):
         for argument, width in (("out_channels", out_channels), ("qk_channels", qk_channels)):
             if width % num_heads:
                 raise ValueError(f"{name}: {argument} must be a multiple of num_heads={num_heads}, got {width}")
-        _checks.choice(name, "combine", combine, COMBINES)
+        check_mode(name, scale, combine, order)
         _checks.choice(name, "merge", merge, MERGES)
-        if isinstance(order, str) or not isinstance(order, Sequence):
-            raise TypeError(f"{name}: order must be a tuple of 'height' and 'width', got {order!r}")
-        if scale is not None:
-            _checks.finite(name, "scale", scale)
-        if sorted(order) not in (["height"], ["width"], ["height", "width"]):
-            raise ValueError(f"{name}: order must hold 'height', 'width' or both, got {tuple(order)}")
-        if combine == "joint" and (qk_per_axis or len(order) != 2):
-            raise ValueError(f"{name}: combine='joint' needs both axes and excludes qk_per_axis")
+        if combine == "joint" and qk_per_axis:
+            raise ValueError(f"{name}: combine='joint' excludes qk_per_axis")
         if residual and in_channels != out_channels:
             raise ValueError(f"{name}: residual needs out_channels={in_channels} as in_channels, got {out_channels}")
         self.in_channels, self.out_channels, self.num_heads, self.scale = in_channels, out_channels, num_heads, scale
@@ -150,7 +143,7 @@ class AxialAttention2d(nn.Module):
             )
         y = reduce(torch.add, results)
         if self.merge == "interleaved":
-            y = y.unflatten(1, (self.num_heads, -1)).transpose(1, 2).flatten(1, 2)
+            y = _interleave(y, self.num_heads)
         return x + y if self.residual else y
 
     def extra_repr(self) -> str:
@@ -158,3 +151,10 @@ class AxialAttention2d(nn.Module):
             f"num_heads={self.num_heads}, scale={self.scale}, combine={self.combine!r}, order={self.order}, "
             f"merge={self.merge!r}, residual={self.residual}"
         )
+
+
+def _interleave(y: Tensor, num_heads: int) -> Tensor:
+    """Channel c of head h to c * num_heads + h."""
+    if y.stride(1) == 1:  # moved where they lie, or channels_last would be lost
+        return y.permute(0, 2, 3, 1).unflatten(3, (num_heads, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
+    return y.unflatten(1, (num_heads, -1)).transpose(1, 2).flatten(1, 2)

@@ -75,15 +75,7 @@ def axial_attention(
     _checks.alike(NAME, "query", query, "key", key)
     _checks.alike(NAME, "query", query, "value", value)
     _checks.positive(NAME, "num_heads", num_heads)
-    _checks.choice(NAME, "combine", combine, COMBINES)
-    if isinstance(order, str) or not isinstance(order, Sequence):
-        raise TypeError(f"{NAME}: order must be a tuple of 'height' and 'width', got {order!r}")
-    for axis in order:
-        _checks.choice(NAME, "order", axis, AXES)
-    if len(order) not in (1, 2) or len(set(order)) != len(order):
-        raise ValueError(f"{NAME}: order must hold 'height', 'width' or both, each once, got {tuple(order)!r}")
-    if combine == "joint" and len(order) == 1:
-        raise ValueError(f"{NAME}: combine='joint' is over both axes, got order={tuple(order)!r}")
+    check_mode(NAME, scale, combine, order)
     n, c, h, w = query.shape
     if key.shape != query.shape:
         raise ValueError(f"{NAME}: key must have query's shape {tuple(query.shape)}, got {tuple(key.shape)}")
@@ -98,7 +90,6 @@ def axial_attention(
         raise ValueError(f"{NAME}: query must have H, W >= 1, got {h} x {w}")
     if scale is None:
         scale = (c // num_heads) ** -0.5
-    _checks.finite(NAME, "scale", scale)
     axes = "".join(axis[0] for axis in order)
     if len(axes) == 1:
         combine = "compose"
@@ -106,6 +97,21 @@ def axial_attention(
         axes = "hw"
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return OP(query, key, value, num_heads, float(scale), combine, axes, training)[0]
+
+
+def check_mode(name: str, scale: float | None, combine: str, order: Sequence[str]) -> None:
+    """The settings of which the layer has its own copy."""
+    if scale is not None:
+        _checks.finite(name, "scale", scale)
+    _checks.choice(name, "combine", combine, COMBINES)
+    if isinstance(order, str) or not isinstance(order, Sequence):
+        raise TypeError(f"{name}: order must be a tuple of 'height' and 'width', got {order!r}")
+    for axis in order:
+        _checks.choice(name, "order", axis, AXES)
+    if len(order) not in (1, 2) or len(set(order)) != len(order):
+        raise ValueError(f"{name}: order must hold 'height', 'width' or both, each once, got {tuple(order)!r}")
+    if combine == "joint" and len(order) == 1:
+        raise ValueError(f"{name}: combine='joint' is over both axes, got order={tuple(order)!r}")
 
 
 # Outputs are allocated here for the fake kernel and for every backend, so that their strides cannot differ.

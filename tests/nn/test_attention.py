@@ -128,7 +128,11 @@ def test_interleaved_merge_permutes_the_channels_as_iseg_does():
     module = AxialAttention2d(8, num_heads=4)
     other = AxialAttention2d(8, num_heads=4, merge="interleaved")
     other.load_state_dict(module.state_dict())
-    torch.testing.assert_close(other(image()), module(image())[:, [0, 2, 4, 6, 1, 3, 5, 7]])
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = image().to(memory_format=memory_format)
+        y = other(x)
+        torch.testing.assert_close(y, module(x)[:, [0, 2, 4, 6, 1, 3, 5, 7]])
+        assert y.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +142,11 @@ def test_interleaved_merge_permutes_the_channels_as_iseg_does():
         ({"qk_channels": 6}, "qk_channels must be a multiple of num_heads=4, got 6"),
         ({"combine": "add"}, "combine must be one of 'compose', 'sum', 'joint', got 'add'"),
         ({"merge": "sum"}, "merge must be one of 'concat', 'interleaved', got 'sum'"),
-        ({"order": ("depth",)}, "order must hold 'height', 'width' or both, got \\('depth',\\)"),
+        ({"order": ("depth",)}, "AxialAttention2d: order must be one of 'height', 'width', got 'depth'"),
+        ({"order": (1, "height")}, "AxialAttention2d: order must be one of 'height', 'width', got 1"),
+        ({"order": ("width", "width")}, "AxialAttention2d: order must hold 'height', 'width' or both, each once"),
         ({"combine": "joint", "qk_per_axis": True}, "excludes qk_per_axis"),
-        ({"combine": "joint", "order": ("width",)}, "needs both axes"),
+        ({"combine": "joint", "order": ("width",)}, "AxialAttention2d: combine='joint' is over both axes"),
         ({"out_channels": 4, "residual": True}, "residual needs out_channels=8 as in_channels, got 4"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
