@@ -31,7 +31,8 @@ class CAR(nn.Module):
         center_momentum: m in [0, 1]: in training the buffer ``centers`` [K, C] moves by ``(1 - m) (mu - centers)`` for
             each class that is there (and whose mu is finite), and takes the place of the centres mu of the batch. c2c
             then has no gradient. The authors' m is 0.9; None (their default) keeps no buffer. It stays in float32
-            where the module is cast to half precision, in which it would stand still.
+            where the module is cast to half precision, in which it would stand still. Under activation checkpointing
+            it moves twice, and the recomputed losses, and so the gradients, are those of other centres.
         channels: C; for the buffer only.
         sync: Over which ranks centres and means are taken: False, True, a process group, or "auto": over all where
             torch.distributed is initialised. Ranks wait for each other, in eval mode too: where one rank alone
@@ -87,7 +88,7 @@ class CAR(nn.Module):
             if channels is None or per_image:
                 raise ValueError(f"{name}: center_momentum needs channels, and centres of the batch (per_image=False)")
             _checks.positive(name, "channels", channels)
-            self.centers = nn.init.xavier_uniform_(torch.empty(num_classes, channels))
+            self.centers = nn.init.xavier_uniform_(torch.empty(num_classes, channels, dtype=torch.float32))
 
     def forward(self, features: Tensor, labels: Tensor) -> CARLosses:
         """Three scalars; their sum is the loss.
@@ -131,6 +132,11 @@ class CAR(nn.Module):
         if kept is not None and self.centers is not None and self.centers.dtype.itemsize < 4:
             self.centers = kept.to(self.centers.device)
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.centers is not None and self.centers.dtype.itemsize < 4:  # load_state_dict(assign=True)
+            self.centers = self.centers.float()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CAR:
         memo[id(self.sync)] = self.sync  # a process group cannot be copied, and is not the module's

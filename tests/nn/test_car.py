@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import segops
 from segops.nn import CAR
@@ -147,6 +148,32 @@ def test_moving_centres_in_half_precision_are_float32(cast):
     if cast == "bfloat16":
         car(normal(2, 5, 4, 6, dtype=torch.bfloat16), torch.randint(3, (2, 4, 6)))
         assert (car.centers != before).all()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_moving_centres_are_float32_by_default_and_from_a_half_file(assign):
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        car = CAR(3, center_momentum=0.99, channels=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert car.centers.dtype == torch.float32
+    half = {"centers": torch.ones(3, 5, dtype=torch.bfloat16)}
+    car.load_state_dict(half, assign=assign)
+    assert car.centers.dtype == torch.float32
+    assert torch.equal(car.centers, half["centers"].float())
+
+
+def test_moving_centres_move_twice_under_checkpointing():
+    """As the docstring says."""
+    x, y = normal(2, 5, 4, 6, dtype=torch.float32).requires_grad_(), torch.randint(3, (2, 4, 6))
+    plain = CAR(3, center_momentum=0.75, channels=5)
+    kept = copy.deepcopy(plain)
+    (once,) = torch.autograd.grad(plain(x, y).c2p, x)
+    (twice,) = torch.autograd.grad(checkpoint(kept, x, y, use_reentrant=False).c2p, x)
+    assert not torch.allclose(once, twice)
+    plain(x, y)
+    torch.testing.assert_close(kept.centers, plain.centers)
 
 
 def test_copy_shares_the_process_group():
