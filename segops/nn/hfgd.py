@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -145,6 +145,7 @@ class HFGDHead(BilinearDecoder):
         neck: ``"usfpn"``, ``"sfpn"`` (:class:`UltraSemanticFPN`, :class:`SemanticFPN`), or None: the logits are those
             of the coarsest map, at its stride.
         axial_heads: Heads of the axial attention; None leaves it out.
+        axial_layer: Width to a module in its place, such as ``AxialAttention2d.caa``; ``axial_heads`` is then unused.
         guided: False is a plain decoder: no gradient is cut, there is one classifier and one cross-entropy.
         class_bias: Bias b of the classifier.
         align_corners: Corner convention of every resize.
@@ -154,7 +155,7 @@ class HFGDHead(BilinearDecoder):
         in_channels, strides, num_classes, output_stride: As given.
 
     Raises:
-        ValueError: an unknown option, ``guided`` without encoder or neck, ``axial_heads`` without neck, lists of
+        ValueError: an unknown option, ``guided`` without encoder or neck, axial attention without neck, lists of
             different lengths; in forward, a wrong number or width of maps.
 
     Children ``encoder``, ``neck``, ``axial``, ``classifier``. Initialisation is iSeg's: Glorot's uniform distribution,
@@ -184,6 +185,7 @@ class HFGDHead(BilinearDecoder):
         context: str | None = "self_attention",
         neck: str | None = "usfpn",
         axial_heads: int | None = 4,
+        axial_layer: Callable[[int], nn.Module] | None = None,
         guided: bool = True,
         class_bias: bool = True,
         align_corners: bool = True,
@@ -195,8 +197,10 @@ class HFGDHead(BilinearDecoder):
             _checks.choice(name, "neck", neck, tuple(NECKS))
         if guided and (context is None or neck is None):
             raise ValueError(f"{name}: guided needs a context and a neck, got context={context!r} and neck={neck!r}")
-        if axial_heads is not None and neck is None:
-            raise ValueError(f"{name}: axial_heads needs a neck, got {axial_heads} and neck=None")
+        if axial_layer is None and axial_heads is not None:
+            axial_layer = partial(AxialAttention2d, num_heads=axial_heads)
+        if axial_layer is not None and neck is None:
+            raise ValueError(f"{name}: axial attention needs a neck, got axial_heads={axial_heads} and neck=None")
         self.guided = guided
         *finer, coarsest = self.in_channels
         self.encoder: ContextAugmentedEncoder | None = None
@@ -215,7 +219,7 @@ class HFGDHead(BilinearDecoder):
                 lateral_last=context is None, norm_layer=norm_layer, align_corners=align_corners,
             )  # fmt: skip
             self.output_stride, coarsest = output_stride, channels
-        self.axial = None if axial_heads is None else AxialAttention2d(channels, num_heads=axial_heads)
+        self.axial = None if axial_layer is None else axial_layer(channels)
         self.classifier = nn.Conv2d(coarsest, num_classes, 1, bias=class_bias)
         init_glorot(self.classifier)
 
@@ -322,7 +326,9 @@ class HFGD(SegmentationModel):
             the head raises.
         TypeError: ``car`` is neither a bool nor a :class:`CAR`; in forward, a backbone that gives no list of maps.
 
-    Children ``backbone``, ``decode_head`` and ``car``.
+    Children ``backbone``, ``decode_head`` and ``car``. What reaches the finer maps alone (of HRNet's branches, some
+    convolutions of the last stage) has no gradient in a guided model: DistributedDataParallel then needs
+    ``find_unused_parameters=True``.
 
     Example:
         >>> from segops.nn import HFGD, MSCAN

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import segops
-from segops.nn import CAR, HFGD, MSCAN, ContextAugmentedEncoder, HFGDHead
+from segops.nn import CAR, HFGD, MSCAN, AxialAttention2d, ContextAugmentedEncoder, HFGDHead
 
 from .hfgd_twin import TwinCAE, TwinHFGD, plain_car
 from .twins import assert_same_outputs_and_gradients
@@ -202,6 +204,16 @@ def test_ablations(options):
     assert reached == ([False, False] if guided else ["neck" in children, True])
 
 
+def test_axial_attention_of_another_form():
+    head = head_of(axial_layer=AxialAttention2d.caa)
+    assert head.axial.query_key_height.conv.out_channels == 64
+    head.loss(features_of(), target_of()).backward()
+    assert all(p.grad is not None for p in head.axial.parameters())
+    plain, interleaved = head_of(), head_of(axial_layer=partial(AxialAttention2d, merge="interleaved"))
+    interleaved.load_state_dict(plain.state_dict())
+    assert not torch.allclose(interleaved(features_of()), plain(features_of()))
+
+
 def test_encoder_contexts_and_kernel_size():
     x = features_of()[-1]
     for context in ("self_attention", "aspp", None):
@@ -301,7 +313,7 @@ def test_autocast_and_bfloat16():
     [
         ({"context": None}, "guided needs a context and a neck, got context=None"),
         ({"neck": None, "axial_heads": None}, "guided needs a context and a neck"),
-        ({"neck": None, "guided": False}, "axial_heads needs a neck, got 4"),
+        ({"neck": None, "guided": False}, "axial attention needs a neck, got axial_heads=4 and neck=None"),
         ({"neck": "fpn"}, "neck must be one of 'usfpn', 'sfpn', got 'fpn'"),
         ({"context": "ocr"}, "context must be one of 'self_attention', 'aspp', got 'ocr'"),
         ({"axial_heads": 3}, "must be a multiple of num_heads=3, got 8"),

@@ -43,6 +43,21 @@ def test_hfgd_on_timm(timm, name, widths):
     assert model.predict(image).shape == (2, 65, 97)
 
 
+def test_parallel_branches_reach_the_finer_maps_alone(timm):
+    """What the docstring of HFGD says of DistributedDataParallel."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("hrnet_w18_small", pretrained=False, features_only=True)
+    model = HFGD(backbone, 5, channels=8, context_channels=16, qk_channels=4)
+    image, target = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
+    model(image, target)["loss"].backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert any(name.startswith("backbone.stage4.0.fuse_layers.0.") for name in unused)
+    assert not any(name.startswith("decode_head") for name in unused)
+    plain = HFGD(backbone, 5, channels=8, context_channels=16, qk_channels=4, guided=False)
+    plain(image, target)["loss"].backward()
+    assert all(p.grad is not None for p in plain.parameters())
+
+
 @pytest.mark.parametrize("neck", [SemanticFPN, UltraSemanticFPN])
 def test_necks_on_timm(timm, neck):
     backbone = timm.create_model("resnet18", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
