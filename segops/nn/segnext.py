@@ -68,17 +68,21 @@ class SegmentationModel(nn.Module):
             Without a target, logits [N, K, H, W]. With one, a dict: ``loss``, and the terms it is the weighted sum of,
             ``decode`` and, where there is an auxiliary head, ``aux``. No logits are made at the target's size.
         """
-        maps = self._maps(image)
         if target is None:
-            head: Any = self.decode_head
-            corners = getattr(head, "align_corners", False)
-            return resize(head(self._maps_of(head, maps)), image.shape[2:], corners)
+            corners = getattr(self.decode_head, "align_corners", False)
+            return resize(self.logits(image), image.shape[2:], corners)
+        maps = self._maps(image)
         losses = {"decode": self._loss(self.decode_head, maps, target, ce)}
         total = losses["decode"]
         if self.aux_head is not None:
             losses["aux"] = self._loss(self.aux_head, maps, target, ce)
             total = total + self.aux_weight * losses["aux"]
         return {"loss": total, **losses}
+
+    def logits(self, image: Tensor) -> Tensor:
+        """The decoder's raw logits, not upsampled: what :func:`segops.upsample_argmax` takes of several views."""
+        head: Any = self.decode_head
+        return head(self._maps_of(head, self._maps(image)))
 
     @torch.no_grad()
     def predict(self, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:

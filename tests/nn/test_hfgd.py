@@ -246,6 +246,9 @@ def test_model_is_backbone_head_and_car():
     torch.testing.assert_close(model.loss(image, target), model(image, target)["loss"])
     logits = model(image)
     assert logits.shape == (2, CLASSES, 64, 96)
+    small = model.logits(image)
+    assert small.shape == (2, CLASSES, 16, 24)
+    torch.testing.assert_close(logits, F.interpolate(small, (64, 96), mode="bilinear", align_corners=True))
     assert (model.predict(image) == logits.argmax(1)).double().mean() > 0.999
     with segops.record() as log:
         model(image, target)
