@@ -16,12 +16,15 @@ from torch import Tensor
 
 import segops
 from memory import peak_mib
-from network import MODELS, StreetNet
+from network import MODELS
+from segops.nn import SegmentationModel
 
 SIDES = ("fused", "reference")
 
 
-def compare(checkpoint: Path, model: StreetNet, image: Tensor, target: Tensor, ignore_index: int, rounds: int) -> dict:
+def compare(
+    checkpoint: Path, model: SegmentationModel, image: Tensor, target: Tensor, ignore_index: int, rounds: int
+) -> dict:
     """Compares the two sides.
 
     Args:
@@ -41,7 +44,7 @@ def compare(checkpoint: Path, model: StreetNet, image: Tensor, target: Tensor, i
     for side in SIDES:
         with _backend(side), segops.record() as log:
             torch.manual_seed(0)  # the same dropout on both sides
-            logits[side] = models[side](image).detach()
+            logits[side] = models[side].logits(image).detach()
             torch.manual_seed(0)
             gradients[side] = _gradients(models[side], image, target, ignore_index)
         backends[side] = {call.op: call.backend for call in log}
@@ -99,20 +102,20 @@ def _backend(side: str) -> contextlib.AbstractContextManager:
     return segops.use_backend("reference") if side == "reference" else contextlib.nullcontext()
 
 
-def _step_of(model: StreetNet, image: Tensor, target: Tensor, ignore_index: int) -> Callable[[], None]:
+def _step_of(model: SegmentationModel, image: Tensor, target: Tensor, ignore_index: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
         optimizer.zero_grad()
-        model.loss(image, target, ignore_index).backward()
+        model(image, target, ignore_index=ignore_index)["loss"].backward()
         optimizer.step()
 
     return step
 
 
-def _gradients(model: StreetNet, image: Tensor, target: Tensor, ignore_index: int) -> dict[str, Tensor]:
+def _gradients(model: SegmentationModel, image: Tensor, target: Tensor, ignore_index: int) -> dict[str, Tensor]:
     wanted = {"the image": image.clone().requires_grad_(), **dict(model.named_parameters())}
-    loss = model.loss(wanted["the image"], target, ignore_index)
+    loss = model(wanted["the image"], target, ignore_index=ignore_index)["loss"]
     return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
 
@@ -150,12 +153,13 @@ def _main() -> None:
     model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batch, channels, *size = args.shape
+    ignore_index = saved["network"].get("ignore_index", 255)
 
     def step(height: int, width: int) -> None:
         optimizer.zero_grad(set_to_none=False)
         image = torch.rand(batch, channels, height, width, device=args.device)
         target = torch.zeros(batch, height, width, dtype=torch.int64, device=args.device)
-        model.loss(image, target, ignore_index=255).backward()
+        model(image, target, ignore_index=ignore_index)["loss"].backward()
         optimizer.step()
 
     with _backend(args.side):

@@ -27,7 +27,8 @@ from tqdm import tqdm
 import picture
 import segops
 from data import IMAGE_SUFFIXES, Classes, DataError, colour_of, decode, to_tensor
-from network import MODELS, StreetNet
+from network import MODELS
+from segops.nn import SegmentationModel
 from train import at_least, load_checkpoint
 
 
@@ -86,7 +87,7 @@ def scale(text: str) -> float:
     return value
 
 
-def open_checkpoint(path: Path) -> tuple[StreetNet, Classes]:
+def open_checkpoint(path: Path) -> tuple[SegmentationModel, Classes]:
     saved: dict[str, Any] = load_checkpoint(path)
     names = saved["classes"]
     colours = saved.get("colours") or [colour_of(i) for i in range(len(names))]
@@ -109,7 +110,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def segment(model: StreetNet, image: Tensor, args: argparse.Namespace) -> Tensor:
+def segment(model: SegmentationModel, image: Tensor, args: argparse.Namespace) -> Tensor:
     """[1, 3, H, W] in [0, 1] to labels [1, H, W], as a whole or tile by tile."""
     height, width = image.shape[2:]
     if not args.tile:
@@ -123,7 +124,7 @@ def segment(model: StreetNet, image: Tensor, args: argparse.Namespace) -> Tensor
     return out
 
 
-def labels_of(model: StreetNet, image: Tensor, scales: Sequence[float], flip: bool) -> Tensor:
+def labels_of(model: SegmentationModel, image: Tensor, scales: Sequence[float], flip: bool) -> Tensor:
     """The argmax of the mean of the softmaxes over every scale, and mirrored."""
     height, width = image.shape[2:]
     if list(scales) == [1.0] and not flip:
@@ -133,9 +134,9 @@ def labels_of(model: StreetNet, image: Tensor, scales: Sequence[float], flip: bo
         size = max(round(height * factor), 1), max(round(width * factor), 1)
         view = F.interpolate(image, size, mode="bilinear", align_corners=False) if factor != 1 else image
         # A decoder of whole cells may reach beyond the image.
-        logits.append(model(view)[:, :, : size[0], : size[1]])
+        logits.append(model.logits(view)[:, :, : size[0], : size[1]])
         if flip:
-            logits.append(model(view.flip(3))[:, :, : size[0], : size[1]].flip(3))
+            logits.append(model.logits(view.flip(3))[:, :, : size[0], : size[1]].flip(3))
     corners = getattr(model.decode_head, "align_corners", False)
     return segops.upsample_argmax(logits, (height, width), align_corners=corners)
 

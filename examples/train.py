@@ -39,8 +39,9 @@ import picture
 import scenes
 import segops
 from data import Classes, DataError, Pairs, TrainingBatches, labels_of, open_folder, to_tensor
-from network import MODELS, StreetNet
+from network import MODELS
 from segops.metrics import ConfusionMatrix, Scores
+from segops.nn import SegmentationModel
 
 # What decides the weights that come out: a resumed run takes these from its checkpoint and refuses other values.
 RECIPE = (
@@ -211,9 +212,10 @@ class Run:
     ) -> None:
         self.args, self.classes, self.device, self.checkpoint = args, classes, device, checkpoint
         self.kind = MODELS[args.model]
+        known = {**vars(args), "ignore_index": classes.ignore_index}
         self.network = {
             "num_classes": len(classes.names),
-            **{name: getattr(args, name) for name in self.kind.options},
+            **{name: known[name] for name in self.kind.options},
             **options,
         }
         torch.manual_seed(args.seed)
@@ -257,7 +259,7 @@ class Run:
             for image, target in loader:
                 start = time.perf_counter()
                 image, target = image.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
-                loss = self.model.loss(image, target, self.classes.ignore_index)
+                loss = self.model(image, target, ignore_index=self.classes.ignore_index)["loss"]
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
@@ -314,7 +316,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(
-    model: StreetNet, pairs: Pairs, classes: Classes, device: torch.device, show: int
+    model: SegmentationModel, pairs: Pairs, classes: Classes, device: torch.device, show: int
 ) -> tuple[ConfusionMatrix, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Counts on whole images, one by one; and ``show`` evenly spaced triples of image, truth and prediction."""
     model.eval()

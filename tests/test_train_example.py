@@ -146,7 +146,7 @@ def test_segnext_and_resume_equals_uninterrupted(tmp_path):
 @pytest.mark.parametrize("model", ["hfgd-os2", "semanticfpn"])
 def test_hfgd_and_its_baseline(tmp_path, model):
     options = ("--data", write_camvid(tmp_path / "data"), "--steps", 2, "--show", 1, *TINY, "--crop", 64)
-    train("--model", model, "--out", tmp_path / "out", *options)
+    train("--model", model, "--out", tmp_path / "out", *options, "--compare", int(model == "hfgd-os2"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert np.isfinite(results["losses"]).tolist() == [True, True]
     with Image.open(tmp_path / "out" / "predictions.png") as picture:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,37 @@ def test_parallel_branches_reach_the_finer_maps_alone(timm):
     plain = HFGD(backbone, 5, channels=8, context_channels=16, qk_channels=4, guided=False)
     plain(image, target)["loss"].backward()
     assert all(p.grad is not None for p in plain.parameters())
+
+
+@pytest.fixture
+def network(timm, monkeypatch):
+    """examples/network.py; examples/ is not a package."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    monkeypatch.delitem(sys.modules, "network", raising=False)
+    yield importlib.import_module("network")
+    sys.modules.pop("network")
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "mambaout_femto"])  # the latter's maps have the channels last
+@pytest.mark.parametrize("name", ["hfgd-os4", "semanticfpn"])
+def test_networks_of_the_examples_on_timm(network, name, backbone):
+    torch.manual_seed(0)
+    kind = network.MODELS[name]
+    options = {key: {"backbone": backbone, "ignore_index": 11}[key] for key in kind.options}
+    model = kind.build(5, **options).train()
+    image, target = torch.rand(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
+    target[:, :9] = 11
+    model(image, target, ignore_index=11)["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    torch.optim.AdamW(model.parameters(), lr=1e-4).step()
+    model.eval()
+    assert model.logits(image).shape == (2, 5, 16, 16)
+    assert model.predict(image).shape == (2, 64, 64)
+
+
+def test_unknown_backbone_of_the_examples(network):
+    with pytest.raises(ValueError, match=r"the backbone must be mscan-t, .* or a model of timm, got 'resnet-50'"):
+        network.encoder("resnet-50")
 
 
 @pytest.mark.parametrize("neck", [SemanticFPN, UltraSemanticFPN])
