@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import segops
 from segops.nn import CAR
 from segops.reference.car_losses import class_to_class
+
+from .ranks import of_two_ranks
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -262,9 +263,7 @@ def results_of(branch, x, y, ranks=1):
     return [losses.detach(), *parameters, x.grad / ranks, *module.car.state_dict().values()]
 
 
-def rank(index, store, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=2)
+def results_of_rank(index):
     mine = slice(sum(IMAGES[:index]), sum(IMAGES[: index + 1]))
     found = {}
     for name, settings in VARIANTS.items():
@@ -281,17 +280,12 @@ def rank(index, store, results):
         segops.car_losses(x[mine], y[mine], 3, sync=dist.group.WORLD),
     )
     found["sync"] = [torch.stack(loss) for loss in losses]
-    torch.save(found, f"{results}/{index}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank, (str(folder / "store"), str(folder)), nprocs=2)
-    return [torch.load(folder / f"{index}.pt") for index in range(2)]
+    return of_two_ranks(results_of_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import segops
 from segops.nn import CAR, HFGD, MSCAN, AxialAttention2d, ContextAugmentedEncoder, HFGDHead
 
 from .hfgd_twin import TwinCAE, TwinHFGD, plain_car
+from .ranks import of_two_ranks
 from .twins import assert_same_outputs_and_gradients
 
 WIDTHS, SIZES, CLASSES = (3, 4, 5, 7), ((17, 22), (9, 11), (5, 6), (3, 3)), 6
@@ -288,10 +291,58 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(compiled(features), head(features))
 
 
-def test_exports():
-    head, features = head_of().eval(), features_of()
-    exported = torch.export.export(head, (features,)).module()
-    torch.testing.assert_close(exported(features), head(features))
+def test_training_step_compiles_as_one_graph():
+    head, features, target, car = head_of(), features_of(), target_of(), CAR(CLASSES)
+    start = copy.deepcopy(head.state_dict())
+
+    def results_of(loss_of) -> list[Tensor]:
+        head.load_state_dict(start)
+        wanted = [*head.parameters(), features[-1].requires_grad_()]
+        loss = loss_of(features, target, car=car)
+        return [loss.detach(), *torch.autograd.grad(loss, wanted), *head.buffers()]
+
+    expected = [x.clone() for x in results_of(head.loss)]
+    torch.testing.assert_close(results_of(torch.compile(head.loss, fullgraph=True, backend="aot_eager")), expected)
+
+
+@pytest.mark.parametrize("output_stride", [4, 2])
+def test_exports_for_any_batch_and_size(output_stride):
+    head = head_of(output_stride=output_stride).eval()
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    exported = torch.export.export(head, (features_of(),), dynamic_shapes=([dynamic] * len(WIDTHS),)).module()
+    for batch, height, width in ((2, 17, 22), (1, 32, 48), (3, 33, 20)):
+        sides = [(-(-height >> i), -(-width >> i)) for i in range(4)]
+        features = [torch.randn(batch, c, *size) for c, size in zip(WIDTHS, sides, strict=True)]
+        torch.testing.assert_close(exported(features), head(features))
+
+
+def gradients_of(model: nn.Module, part: slice) -> list[Tensor | None]:
+    """Of the loss of a part of the batch."""
+    image = torch.randn(2, 3, 65, 88, generator=torch.Generator().manual_seed(5)).double()
+    model(image[part], target_of()[part])["loss"].backward()
+    return [p.grad for p in model.parameters()]
+
+
+def model_without_batch_norm() -> HFGD:
+    torch.manual_seed(0)
+    options = {"in_channels": WIDTHS, "channels": 8, "context_channels": 10, "norm_layer": partial(nn.GroupNorm, 1)}
+    return HFGD(Small(), CLASSES, **options).double()
+
+
+def gradients_of_rank(index: int) -> list[Tensor | None]:
+    model = DistributedDataParallel(model_without_batch_norm(), find_unused_parameters=True)
+    return gradients_of(model, slice(index, index + 1))
+
+
+def test_two_ranks_are_one_process_with_both_images(tmp_path):
+    """The mean of the gradients, with CAR's centres and means over both; the finer stages have none."""
+    expected = gradients_of(model_without_batch_norm(), slice(2))
+    assert sum(gradient is None for gradient in expected) == 3
+    for found in of_two_ranks(gradients_of_rank, tmp_path):
+        for actual, gradient in zip(found, expected, strict=True):
+            assert (actual is None) == (gradient is None)
+            if gradient is not None:
+                torch.testing.assert_close(actual, gradient)
 
 
 def test_autocast_and_bfloat16():
