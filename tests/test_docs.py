@@ -6,6 +6,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,14 @@ def test_examples(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, extraglobs={"torch": torch, "segops": segops})
     assert result.failed == 0
+
+
+def test_examples_of_the_readme():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    scope = {"image": torch.rand(2, 3, 64, 96), "target": torch.randint(0, 19, (2, 64, 96))}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, scope)
+    assert not scope["model"].training  # when it predicts
 
 
 def test_public_functions_and_modules_have_examples():
