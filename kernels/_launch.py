@@ -35,7 +35,8 @@ class Launch:
     Attributes:
         kernel: The jit function.
         grid: Programs along the three grid axes; only the first may exceed 65535.
-        args: Every argument, constexprs included: tensors, ints, floats, None, and tuples of these.
+        args: Every argument, constexprs included: tensors, ints, None, and tuples of these; floats only
+            as constexprs.
         num_warps: Threads per program / 32; a wavefront of 64 counts as two.
         num_stages: Depth of the software pipeline.
     """
@@ -64,7 +65,8 @@ class Launch:
                 constants[path] = value
                 return "constexpr"
             if isinstance(value, float):
-                return "fp32"
+                name = self.kernel.params[path[0]].name
+                raise TypeError(f"{name} must be a constexpr: Triton passes a float as float32, beside float64 too")
             tensor = isinstance(value, torch.Tensor)
             if (value.data_ptr() if tensor else value) % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]

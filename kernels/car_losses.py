@@ -74,10 +74,10 @@ def _shares(energy, lse, k, label, K: tl.constexpr):
 @triton.jit
 def _forward(
     parts, lse, inner, x, labels, centers, scaled, own, x_strides, label_strides, pixels, width, tiles, ignore_index,
-    centers_step, own_step, part_step, threshold, low, high,
-    K: tl.constexpr, C: tl.constexpr, MASK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    centers_step, own_step, part_step,
+    THRESHOLD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """lse and inner; a program's sums of intra and c2p in parts [2, programs]."""
     program = tl.program_id(0)
@@ -118,13 +118,13 @@ def _forward(
                 INTERPRET,
             )  # fmt: skip
         share = _shares(energy, log_sum, k, label, K)
-        under = share <= threshold  # this way round, NaN stays
-        excess += tl.sum(tl.where(under, 0.0, share - threshold), 0)
+        under = share <= THRESHOLD  # this way round, NaN stays
+        excess += tl.sum(tl.where(under, 0.0, share - THRESHOLD), 0)
         above += tl.sum(tl.where(under, 0.0, share), 0)
     counts = inside
     if MASK:
         counts = label >= 0
-    e = tl.where(excess < low, low, tl.where(excess > high, high, excess))  # NaN stays, and is not clipped
+    e = tl.where(excess < LOW, LOW, tl.where(excess > HIGH, HIGH, excess))  # NaN stays, and is not clipped
     clipped = (e != excess) & (excess == excess)
     at = image.to(tl.int64) * pixels + pixel
     tl.store(lse + at, log_sum, mask=inside)
@@ -134,20 +134,20 @@ def _forward(
 
 
 @triton.jit
-def _energy_gradient(energy, log_sum, mean, k, label, threshold, K: tl.constexpr):
+def _energy_gradient(energy, log_sum, mean, k, label, THRESHOLD: tl.constexpr, K: tl.constexpr):
     """d c2p / dE, without the factor of its gradient."""
     share = _shares(energy, log_sum, k, label, K)
     mean = mean[None, :]
-    return tl.where(mean < 0, 0.0, share * tl.where(share > threshold, 1.0 - mean, -mean))
+    return tl.where(mean < 0, 0.0, share * tl.where(share > THRESHOLD, 1.0 - mean, -mean))
 
 
 @triton.jit
 def _backward(
     grad_x, grad_intra, grad_c2p, grad_sums, x, labels, centers, scaled, lse, inner, grad_strides, x_strides,
-    label_strides, pixels, width, tiles, ignore_index, centers_step, grad_sums_step, part_step, threshold,
-    K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    label_strides, pixels, width, tiles, ignore_index, centers_step, grad_sums_step, part_step,
+    THRESHOLD: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_OUT: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     image = program // tiles
@@ -171,7 +171,7 @@ def _backward(
         energy, _ = _energy(
             x, rows, inside, x_strides, scaled, part_step, k, centers, None, K, C, BLOCK_C, PARTS, WIDE, ACC, INTERPRET
         )  # fmt: skip
-        slope = rounded(_energy_gradient(energy, log_sum, mean, k, label, threshold, K), operand, INTERPRET)
+        slope = rounded(_energy_gradient(energy, log_sum, mean, k, label, THRESHOLD, K), operand, INTERPRET)
     for first_channel in range(0, C, BLOCK_OUT):
         c = first_channel + tl.arange(0, BLOCK_OUT)
         acc = tl.zeros([BLOCK_OUT, BLOCK_P], ACC)
@@ -182,7 +182,7 @@ def _backward(
                     x, rows, inside, x_strides, scaled, part_step, k, centers, None, K, C, BLOCK_C, PARTS, WIDE, ACC,
                     INTERPRET,
                 )  # fmt: skip
-                slope = rounded(_energy_gradient(energy, log_sum, mean, k, label, threshold, K), operand, INTERPRET)
+                slope = rounded(_energy_gradient(energy, log_sum, mean, k, label, THRESHOLD, K), operand, INTERPRET)
             mu = tl.load(scaled + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
             acc = dot(mu, slope, acc, INTERPRET)
         gradient = acc * of_c2p
@@ -273,7 +273,7 @@ def _common(
         "ignore_index": ignore_index,
         "centers_step": centers.stride(0) if centers.dim() == 3 else 0,
         "part_step": centers.numel(),
-        "threshold": c2p_threshold / (classes - 1),
+        "THRESHOLD": c2p_threshold / (classes - 1),
         "K": classes,
         "C": c,
         "BLOCK_K": block_k,
@@ -295,8 +295,8 @@ def _plan_forward(lse, inner, features, labels, centers, ignore_index, c2p_thres
     args |= {
         "own_step": own.stride(0) if own.dim() == 2 else 0,
         "MASK": mask_ignored_c2p,
-        "low": 1e-7,
-        "high": 1 - 1e-7,
+        "LOW": 1e-7,
+        "HIGH": 1 - 1e-7,
     }
     return Launch(_forward, (programs,), args, 8 if args["K"] > 64 else 4, 2)
 

@@ -25,9 +25,10 @@ _BLOCK = 1024
 
 @triton.jit
 def _update(
-    out, factor, numerator, denominator, out_step, factor_step, eps, elements, blocks, BLOCK: tl.constexpr
+    out, factor, numerator, denominator, out_step, factor_step, elements, blocks, EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = factor * numerator / (denominator + eps), from image to image by the steps."""
+    """out = factor * numerator / (denominator + EPS), from image to image by the steps."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
@@ -35,22 +36,22 @@ def _update(
     value = tl.load(factor + image * factor_step + i, mask=inside, other=0.0)
     n = tl.load(numerator + at, mask=inside, other=0.0)
     d = tl.load(denominator + at, mask=inside, other=1.0)
-    tl.store(out + image * out_step + i, value * n / (d + eps), mask=inside)
+    tl.store(out + image * out_step + i, value * n / (d + EPS), mask=inside)
 
 
 @triton.jit
 def _update_backward(
-    grad_numerator, grad_denominator, grad, factor, updated, denominator, factor_step, updated_step, eps, elements,
-    blocks, BLOCK: tl.constexpr,
+    grad_numerator, grad_denominator, grad, factor, updated, denominator, factor_step, updated_step, elements,
+    blocks, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of updated = factor * N / D with D = denominator + eps and ``grad`` of updated: dN, dD, and in the place of
+    """Of updated = factor * N / D with D = denominator + EPS and ``grad`` of updated: dN, dD, and in the place of
     ``grad`` the part of the factor's gradient that goes through neither. N / D is updated / factor, 0 for 0 / 0."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
     at = image * elements + i
     g = tl.load(grad + at, mask=inside, other=0.0)
-    d = tl.load(denominator + at, mask=inside, other=1.0) + eps
+    d = tl.load(denominator + at, mask=inside, other=1.0) + EPS
     f = tl.load(factor + image * factor_step + i, mask=inside, other=0.0)
     u = tl.load(updated + image * updated_step + i, mask=inside, other=0.0)
     ratio = tl.where(f == 0, 0.0, u / tl.where(f == 0, 1.0, f))
@@ -182,7 +183,7 @@ def _launch(kernel: Any, args: dict[str, Any], like: Tensor, eps: float) -> Laun
     """Images may lie apart; each is contiguous."""
     elements = like[0].numel()
     blocks = triton.cdiv(elements, _BLOCK)
-    args |= {"eps": eps, "elements": elements, "blocks": blocks, "BLOCK": _BLOCK}
+    args |= {"EPS": eps, "elements": elements, "blocks": blocks, "BLOCK": _BLOCK}
     return Launch(kernel, (like.shape[0] * blocks,), args)
 
 

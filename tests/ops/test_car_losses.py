@@ -151,6 +151,17 @@ def test_gradient_at_thresholds_and_clips_is_zero(lane):
 
 
 @every_lane
+def test_thresholds_and_clips_of_float64_are_float64(lane):
+    x = torch.zeros(1, 4, 1, 1, dtype=torch.float64, device=lane.device)
+    y = torch.zeros(1, 1, 1, dtype=torch.int64, device=lane.device)
+    centers = torch.zeros(2, 4, dtype=torch.float64, device=lane.device)
+    with lane.active():
+        for threshold, excess in ((0.3, 0.2), (0.7, 1e-7)):
+            c2p = segops.car_losses(x, y, 2, centers=centers, c2p_threshold=threshold).c2p
+            torch.testing.assert_close(c2p.item(), excess**2, rtol=1e-13, atol=0)
+
+
+@every_lane
 def test_intra_is_at_least_1e_5(lane):
     y = torch.tensor([[[0, 1, 1]]], device=lane.device)
     x = torch.tensor([1.0, 3.0, 3.002], dtype=torch.float64, device=lane.device).view(1, 1, 1, 3).requires_grad_()

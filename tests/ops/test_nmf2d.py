@@ -76,6 +76,20 @@ def test_one_step_gradient_is_that_of_the_last_update(lane, steps):
 
 
 @every_lane
+def test_eps_of_float64_is_float64(lane):
+    generator = torch.Generator().manual_seed(0)
+    x, bases = (torch.rand(shape, generator=generator, dtype=torch.float64) for shape in ((1, 3, 2, 5), (3, 2)))
+    x, bases = x.to(lane.device).requires_grad_(), bases.to(lane.device)
+    results = []
+    for backend in (lane.active(), segops.use_backend("reference")):
+        with backend:
+            out = segops.nmf2d(x, bases, steps=1, eps=0.3)
+            results.append((out, *torch.autograd.grad(out.sum(), x)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@every_lane
 def test_images_do_not_see_each_other(lane):
     x, bases = uniform(3, 8, 11, 10).to(lane.device), bases_of(8, 5).to(lane.device)
     with lane.active():
