@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _context
+
 
 def tensor(function: str, name: str, value: Any, layout: str) -> None:
     """``layout`` is the expected shape in words of its axes, such as "[N, C, H, W]"."""
@@ -42,8 +44,9 @@ def alike(function: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
     """Same device, and same dtype unless autocast is about to make it so."""
     if a.device != b.device:
         raise ValueError(f"{function}: {second} must be on {first}'s device {a.device}, got {b.device}")
-    lowered = torch.is_autocast_enabled(a.device.type) and torch.float64 not in (a.dtype, b.dtype)
-    if a.dtype != b.dtype and not lowered:
+    if a.dtype == b.dtype:
+        return
+    if not _context.autocasts(a.device.type) or torch.float64 in (a.dtype, b.dtype):
         raise TypeError(f"{function}: {second} must have {first}'s dtype {a.dtype}, got {b.dtype}")
 
 

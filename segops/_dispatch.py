@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _context, _native
 
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key; ROCm devices call themselves "cuda" too
 _library = torch.library.Library("segops", "DEF")
@@ -128,6 +128,7 @@ class Op:
         self.arguments = [argument.name for argument in self.overload._schema.arguments]
         self.autocast = tuple(autocast)
         self.flops = flops
+        self.differentiates = False  # a backward op: its reference is a gradient, which forward-mode AD does not enter
         OPS[name] = self
         if _FLOP_COUNTER in sys.modules:
             self._register_flops()
@@ -154,18 +155,24 @@ class Op:
         device = _device_of(args)
         if _state.explaining:
             raise _Explained(self, device, args)
-        backend, refusals = self.choose(device, args)
+        if self.differentiates:
+            self._refuse_tangents(args)
+        backend, refusals = self.choose(device, args, _context.only_reference(args))
         if backend is not None:
             return self.overload(*args)
         if not torch.compiler.is_compiling():
             self._note(device, "reference", refusals, args)
-        if torch.is_autocast_enabled(device):
+        if _context.autocasts(device):
             with torch.autocast(device, enabled=False):
                 return self.reference(*self._lowered(device, args))
         return self.reference(*args)
 
-    def choose(self, device: str, args: Sequence[Any]) -> tuple[Backend | None, list[tuple[str, str]]]:
+    def choose(
+        self, device: str, args: Sequence[Any], only_reference: str | None = None
+    ) -> tuple[Backend | None, list[tuple[str, str]]]:
         """The row that runs the call (None: the reference), and the refusals before it.
+
+        ``only_reference`` is why every row refuses, if it does.
 
         Raises:
             BackendError: the backend asked for by name refuses.
@@ -176,7 +183,7 @@ class Op:
             return None, refusals
         for row in self.backends.get(device, ()):
             if row.name == wanted or (wanted is None and not row.by_name_only):
-                reason = row.available() or row.why_not(*args)
+                reason = row.available() or row.why_not(*args) or only_reference
                 if reason is None:
                     return row, refusals
                 refusals.append((row.name, reason))
@@ -187,8 +194,17 @@ class Op:
             raise BackendError(f"segops.{self.name}: backend {wanted!r} was asked for and cannot run: {why}")
         return None, refusals
 
+    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        """Raises where tangents would be lost in silence: below autograd, and in a backward op."""
+        if _context.has_tangent(args):
+            raise NotImplementedError(
+                f"segops.{self.name}: no forward-mode derivative here: call the public function, and let its "
+                "arguments carry the tangents, not the gradient that backward starts from"
+            )
+
     def _router(self, device: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
+            self._refuse_tangents(args)
             backend, refusals = self.choose(device, args)
             self._note(device, "reference" if backend is None else backend.name, refusals, args)
             if backend is not None and backend.run is not None:
@@ -424,13 +440,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise TypeError(f"explain: expected a segops operator, got {function!r}")
     finally:
         _state.explaining = False
-    rows = []
+    rows, only_reference = [], _context.only_reference(op_args)
     for row in op.backends.get(device, ()):
-        reason = row.available() or row.why_not(*op_args)
+        reason = row.available() or row.why_not(*op_args) or only_reference
         rows.append((row.name, "only by name" if reason is None and row.by_name_only else reason))
     rows.append(("reference", None))
     try:
-        backend, _ = op.choose(device, op_args)
+        backend, _ = op.choose(device, op_args, only_reference)
         chosen = "reference" if backend is None else backend.name
     except BackendError as error:
         chosen = f"nothing: {error}"

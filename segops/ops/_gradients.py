@@ -44,6 +44,7 @@ def differentiate_through_reference(op: Op, differentiable: Sequence[str], saved
         differentiable: Its arguments that have a gradient.
         saved: Its arguments that are outputs of the forward op, which the reference does not read.
     """
+    op.differentiates = True
     wanted = [op.arguments.index(name) for name in differentiable]
     unread = {op.arguments.index(name) for name in saved}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch
+from .. import _checks, _context, _dispatch
 from .._dispatch import Compiled, Op
 from ..reference.axial_attention import axial_attention as reference
 from ._gradients import differentiate_through_reference, pull_back
@@ -95,7 +95,7 @@ def axial_attention(
         combine = "compose"
     elif combine != "compose":
         axes = "hw"
-    training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    training = _context.wants_gradient(query, key, value)
     return OP(query, key, value, num_heads, float(scale), combine, axes, training)[0]
 
 

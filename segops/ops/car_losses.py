@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch
+from .. import _checks, _context, _dispatch
 from .._dispatch import Compiled, Op
 from ..reference._losses import check_labels as check_target
 from ..reference._losses import counted, readable
@@ -128,7 +129,8 @@ def car_losses(
     if centers is None:
         centers = (passed if per_image else sum_over_ranks(passed, group, total)) / divisor
 
-    with torch.autocast(features.device.type, enabled=False):
+    device = features.device.type
+    with torch.autocast(device, enabled=False) if _context.autocasts(device) else nullcontext():
         c2c = class_to_class(centers, c2c_threshold).sum()
     known = counted(labels, num_classes, ignore_index).sum().to(intra.dtype)
     rows = torch.full_like(intra, n * num_classes if per_image else num_classes)

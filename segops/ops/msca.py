@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, _dispatch
+from .. import _checks, _context, _dispatch
 from .._dispatch import Compiled, Op
 from ..reference.msca import msca as reference
 from . import multi_scale_strip_conv as strips
@@ -71,7 +71,7 @@ def msca(
             raise ValueError(f"{name}: proj_bias must be [{c}], got {tuple(proj_bias.shape)}")
         _checks.alike(name, "x", x, "proj_bias", proj_bias)
     tensors = (x, taps, biases, proj_weight, proj_bias)
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    training = _context.wants_gradient(*tensors)
     return OP(*tensors, kernel_size, strip_lengths, training)[0]
 
 

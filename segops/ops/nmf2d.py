@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, _dispatch
+from .. import _checks, _context, _dispatch
 from .._dispatch import Compiled, Op
 from ..reference.nmf2d import nmf2d as reference
 from ._gradients import differentiate_through_reference, pull_back
@@ -92,7 +92,7 @@ def nmf2d(
         if bases.shape[-2] != c or bases.shape[-1] < 1 or (bases.dim() == 3 and bases.shape[0] != n):
             raise ValueError(f"{NAME}: bases must be [{c}, R] or [{n}, {c}, R], got {tuple(bases.shape)}")
         bases = bases.to(dtype).expand(n, -1, -1)
-    training = torch.is_grad_enabled() and (x.requires_grad or bases.requires_grad)
+    training = _context.wants_gradient(x, bases)
     return OP(x, bases, steps, grad, float(eps), training)[0]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._context import levels
+
 __all__ = ["check_labels", "counted", "cross_entropy", "label_error", "readable", "winner"]
 
 
@@ -15,8 +17,10 @@ def counted(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether values can be looked at: not while compiling, nor in the stand-in of a tracer."""
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    """Whether values can be looked at: not while compiling, in the stand-in of a tracer, under vmap, or of meta."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
+        return False
+    return not any(torch._C._functorch.is_batchedtensor(level) for level in levels(x))
 
 
 def check_labels(function: str, name: str, labels: Tensor, classes: int, ignore_index: int) -> None:

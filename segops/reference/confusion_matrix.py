@@ -27,7 +27,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
 def check_pairs(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raises the ValueError of a target out of range, or of a prediction out of range where the target is counted."""
     check_labels("confusion_matrix", "target", target, num_classes, ignore_index)
-    if readable(prediction):
+    if readable(prediction) and readable(target):
         labels = prediction.long()
         wrong = ((labels < 0) | (labels >= num_classes)) & (target.long() != ignore_index)
         if wrong.any():

@@ -40,7 +40,7 @@ def nmf2d(
             history.append(b)
         weight = c / (c @ (b.mT @ b) + eps)
     if grad == "one_step":
-        b = b.detach()
+        b, weight = b.detach(), weight.detach()  # no_grad does not hold in forward mode
         coefficients, history = [c], [b]
     c = weight * (v.mT @ b)
     if grad == "unrolled":

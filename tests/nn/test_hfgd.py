@@ -424,3 +424,15 @@ def test_car_fits_the_cross_entropy():
     assert head_of().loss(features_of(), target_of(), reduction="none").shape == (2, 65, 88)
     with pytest.raises(ValueError, match="car must have the ignore_index of the cross-entropy, 7, got 255"):
         head_of().losses(features_of(), target_of(), car=CAR(CLASSES), ignore_index=7)
+
+
+def test_training_on_meta():
+    """Shapes without numbers: backbone, head, losses and gradients."""
+    with torch.device("meta"):
+        model = HFGD(MSCAN.variant("t"), CLASSES, output_stride=2)
+        image, target = torch.empty(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.uint8)
+        outputs = model.decode_head(model.backbone(image))
+        losses = model(image, target)
+    assert all(out.device.type == "meta" for out in (*outputs, *losses.values()))
+    losses["loss"].backward()
+    assert all(p.grad.device.type == "meta" for p in model.parameters() if p.requires_grad)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import segops
@@ -60,6 +61,8 @@ SAMPLES = [
 TINY = [(name, sample) for name, sample in SAMPLES if sample.tiny]
 FIRST = [next(pair for pair in TINY if pair[0] == name and pair[1].name != "one_pixel") for name in OPS]
 WITH_GRADIENT = [(name, sample) for name, sample in TINY if differentiable(sample)]
+FIRST_WITH_GRADIENT = [pair for pair in FIRST if pair in WITH_GRADIENT]
+DIFFERENTIABLE = [(name, sample) for name, sample in SAMPLES if differentiable(sample)]
 
 
 def apply(function, tensors):
@@ -250,6 +253,20 @@ def test_batch_of_none(lane, name, sample):
             assert not value.any(), key
 
 
+def of_leaves(name, sample, tensors):
+    """The op as a function of the tensors that have a gradient, of the outputs that have one; and these tensors."""
+    inputs, wanted = leaves(sample, tensors)
+    flat, structure = tree_flatten(inputs)
+    kept = [out.requires_grad for out in outputs_of(FUNCTIONS[name](**inputs, **sample.kwargs))]
+
+    def function(*tensors):
+        anew = {id(old): new for old, new in zip(wanted.values(), tensors, strict=True)}
+        outputs = FUNCTIONS[name](**tree_unflatten([anew.get(id(x), x) for x in flat], structure), **sample.kwargs)
+        return tuple(out for out, moves in zip(outputs_of(outputs), kept, strict=True) if moves)
+
+    return function, list(wanted.values())
+
+
 @every_lane
 @samples(WITH_GRADIENT)
 def test_gradcheck(lane, name, sample):
@@ -257,19 +274,152 @@ def test_gradcheck(lane, name, sample):
     projection of it."""
     if lane.slow and sample.name not in ("smaller_than_window", "cropped", "corners", "per_image"):
         pytest.skip("interpreted and emulated lanes take few samples: gradcheck calls the op hundreds of times")
-    inputs, wanted = leaves(sample, sample.tensors(torch.float64, lane.device))
-    tensors = list(wanted.values())
-    flat, structure = tree_flatten(inputs)
-
-    def function(*tensors):
-        anew = {id(old): new for old, new in zip(wanted.values(), tensors, strict=True)}
-        outputs = FUNCTIONS[name](**tree_unflatten([anew.get(id(x), x) for x in flat], structure), **sample.kwargs)
-        return tuple(out for out, moves in zip(outputs_of(outputs), kept, strict=True) if moves)
-
     with lane.active():
-        kept = [out.requires_grad for out in outputs_of(FUNCTIONS[name](**inputs, **sample.kwargs))]
+        function, tensors = of_leaves(name, sample, sample.tensors(torch.float64, lane.device))
         torch.autograd.gradcheck(function, tensors, fast_mode=lane.slow or sum(x.numel() for x in tensors) > 150)
         torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+def detached(tensors):
+    return tuple(x.detach() for x in tensors)
+
+
+def drawn_like(tensors, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in tensors)
+
+
+def pulled_back(function, tensors):
+    """A random cotangent of the outputs, and the gradients of their sum weighted by it, in reverse mode."""
+    outputs = function(*tensors)
+    cotangents = drawn_like(outputs, 1)
+    return cotangents, torch.autograd.grad(outputs, tensors, cotangents)
+
+
+def assert_same_product(tangents, cotangents, directions, gradients):
+    """<cotangent, J direction> = <J^T cotangent, direction>."""
+    forward = sum((t * c).sum() for t, c in zip(tangents, cotangents, strict=True))
+    reverse = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    torch.testing.assert_close(forward, reverse)
+
+
+@pytest.mark.filterwarnings("ignore:.* differentiates the reference only")
+@samples(DIFFERENTIABLE)
+def test_forward_mode(name, sample):
+    """A product with the Jacobian is the one of reverse mode, and is never lost in silence."""
+    function, tensors = of_leaves(name, sample, sample.tensors(torch.float64))
+    cotangents, gradients = pulled_back(function, tensors)
+    directions = drawn_like(tensors, 2)
+    _, tangents = torch.func.jvp(function, detached(tensors), directions)
+    assert_same_product(tangents, cotangents, directions, gradients)
+    for primals in (detached(tensors), tensors):
+        with forward_ad.dual_level():
+            outputs = function(*map(forward_ad.make_dual, primals, directions))
+            tangents = [forward_ad.unpack_dual(out).tangent for out in outputs]
+        assert_same_product(tangents, cotangents, directions, gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.* differentiates the reference only")
+@samples(DIFFERENTIABLE)
+def test_functional_gradient(name, sample):
+    function, tensors = of_leaves(name, sample, sample.tensors(torch.float64))
+    cotangents, gradients = pulled_back(function, tensors)
+    _, pull = torch.func.vjp(function, *detached(tensors))
+    for a, b in zip(pull(cotangents), gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.* differentiates the reference only")
+@samples(FIRST_WITH_GRADIENT)
+def test_functional_second_derivative(name, sample):
+    """Forward over reverse."""
+    function, tensors = of_leaves(name, sample, sample.tensors(torch.float64))
+    cotangents = drawn_like(function(*tensors), 1)
+    directions = drawn_like(tensors, 2)
+
+    def loss(*tensors):
+        return sum((out * c).sum() for out, c in zip(function(*tensors), cotangents, strict=True))
+
+    gradients = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
+    expected = torch.autograd.grad(gradients, tensors, directions, materialize_grads=True)
+    gradient = torch.func.grad(loss, tuple(range(len(tensors))))
+    _, actual = torch.func.jvp(gradient, detached(tensors), directions)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.* differentiates the reference only")
+@samples(FIRST_WITH_GRADIENT)
+def test_vmap(name, sample):
+    """Of the op, with gradients through it, and of its gradient."""
+    function, tensors = of_leaves(name, sample, sample.tensors(torch.float64))
+    several = [torch.stack([x, 2 * x]).detach().requires_grad_() for x in tensors]
+
+    def loss(*tensors):
+        return sum(out.square().sum() for out in function(*tensors))
+
+    expected = torch.stack([loss(*(x[i] for x in several)) for i in range(2)])
+    actual = torch.func.vmap(loss)(*several)
+    torch.testing.assert_close(actual, expected)
+    gradients = torch.autograd.grad(expected.sum(), several)
+    of_gradient = torch.func.vmap(torch.func.grad(loss, tuple(range(len(tensors)))))(*detached(several))
+    for found in (torch.autograd.grad(actual.sum(), several), of_gradient):
+        for a, b in zip(found, gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@every_lane
+@samples(FIRST_WITH_GRADIENT)
+def test_asked_for_by_name_refuses_what_it_cannot_differentiate(lane, name, sample):
+    if lane.backend == "reference":
+        pytest.skip("the reference refuses nothing")
+    with lane.active():
+        function, tensors = of_leaves(name, sample, sample.tensors(torch.float32, lane.device))
+        with pytest.raises(segops.BackendError, match=rf"segops\..*{lane.backend}.* forward-mode AD differentiates"):
+            torch.func.jvp(function, detached(tensors), detached(tensors))
+        with pytest.raises(segops.BackendError, match=rf"segops\..*{lane.backend}.* torch.func differentiates"):
+            torch.func.vjp(function, *detached(tensors))
+
+
+def test_no_tangent_is_lost_below_the_public_functions():
+    """In the op itself, and where only the gradient that backward starts from has a tangent."""
+    x = torch.randn(1, 2, 3, 4)
+    refused = partial(pytest.raises, match=r"segops\.axial_attention.*: no forward-mode derivative here")
+    settings = 1, 1.0, "compose", "hw", False
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with refused(NotImplementedError):
+            torch.ops.segops.axial_attention(dual, x, x, *settings)
+        y = x.clone().requires_grad_()
+        with refused(NotImplementedError):
+            torch.autograd.grad(segops.axial_attention(y, x, x), y, dual)
+
+
+@pytest.mark.parametrize("mode", ["jvp", "vjp"])
+@samples(FIRST_WITH_GRADIENT)
+def test_compiled_transforms(mode, name, sample):
+    torch._dynamo.reset()
+    function, tensors = of_leaves(name, sample, sample.tensors(torch.float64))
+    primals = detached(tensors)
+
+    def transformed(*directions):
+        if mode == "jvp":
+            return torch.func.jvp(function, primals, directions)[1]
+        return torch.func.vjp(function, *primals)[1](tuple(function(*primals)))
+
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    directions = drawn_like(tensors, 2)
+    for a, b in zip(compiled(*directions), transformed(*directions), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@samples(TINY)
+def test_meta(name, sample):
+    """Shapes and dtypes of outputs and gradients, without numbers."""
+    tensors = sample.tensors(torch.float32)
+    meta = run(name, sample, apply(lambda x: x.to("meta"), tensors))
+    for key, value in run(name, sample, tensors).items():
+        assert (meta[key].shape, meta[key].dtype, meta[key].device.type) == (value.shape, value.dtype, "meta"), key
 
 
 def calls_of(name, sample, tensors):
