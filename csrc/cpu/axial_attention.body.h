@@ -26,7 +26,7 @@ struct Worker : Lines<T, A> {
   Packed<A> q, k, v;              // a task's lines, in place or copied
   Packed<A> q_copy, k_copy, v_copy;
   Packed<A> result;               // planar, where sums cannot be written to the map
-  A *scores, *block, *strip_of, *q_turned, *ones;
+  A *scores, *strip_of, *q_turned, *ones;
 
   Worker(const Pass& p, int64_t strip, int64_t row, int64_t strips)
       : Base{p}, d(p.d), chunk(p.chunk), cells(cells_of(p)), strip(strip), row(row), strips(strips) {}
@@ -34,6 +34,18 @@ struct Worker : Lines<T, A> {
   static int64_t cells_of(const Pass& p) { return round_up(least(p.round, p.length), tile); }
   static int64_t row_of(int64_t channels) { return Base::spread(round_up(channels, L)); }
   bool chunked() const { return chunk < p.dv; }
+  // Keys of a long line come in parts, which a core's cache holds while all strips of the round meet them: channels
+  // innermost, half of the time of walking all keys with every strip.
+  static constexpr int64_t longest = 20 * 14;
+  template <typename Function>
+  void for_keys(Function function) const {
+    const int64_t parts = (p.length + longest - 1) / longest;
+    for (int64_t i = 0, first = 0; i < parts; ++i) {
+      const int64_t end = p.length * (i + 1) / parts;
+      function(first, end - first);
+      first = end;
+    }
+  }
   bool far() const { return cells * int64_t(sizeof(A)) >= 4096; }
   int64_t held() const { return (chunked() ? p.group() * strips : 1) * p.length * row; }  // scores, in elements
   A* of_part(A* all, const Part& m, int64_t x) const {
@@ -54,7 +66,6 @@ struct Worker : Lines<T, A> {
     if (results.pixel != 1) result = pack(arena, false, G, H * result_channels, cells);
     arena.used = most(arena.used, end);
     scores = arena.take<A>(held());
-    block = arena.take<A>(max_rows * 2 * L);
     if (far()) strip_of = arena.take<A>(strip_channels * row);
     q_turned = arena.take<A>(turned_size(d, cells));
     ones = arena.take<A>(cells);
@@ -122,17 +133,28 @@ struct Worker : Lines<T, A> {
     this->later(values_of(p.value, *r.task, r.channel));
   }
 
-  // Sums to rows `step` apart, by Base::put: by and keep are of the rows, or of the columns.
+  // What a product of some keys holds until the last ones are there: [n][width], or a block.
+  int64_t sums_size(int64_t n, int64_t width) const {
+    return p.length > longest ? round_up(n, 2 * L) * round_up(width, 2 * L) : max_rows * 2 * L;
+  }
+  // Sums over `count` keys from `first` on, with the last ones to rows `step` apart, by Base::put: by and keep are of the
+  // rows, or of the columns.
   template <bool Pixels, typename U>
-  void product_put(Scalars<A> a, int64_t n, Vectors<A> b, int64_t width, int64_t depth, U* to, int64_t step,
-                   const A* by, const A* keep) {
+  void product_put(Scalars<A> a, int64_t n, Vectors<A> b, int64_t width, int64_t first, int64_t count, A* sums, U* to,
+                   int64_t step, const A* by, const A* keep) {
+    const bool whole = count == p.length;
+    const int64_t sums_step = whole ? 2 * L : round_up(width, 2 * L);
+    a.at += first * a.step, b.at += first * b.step;
+    if (first + count < p.length) return product(a, n, b, width, count, sums, sums_step, first > 0);
     for_blocks<A>(n, width, [&](int64_t i, int64_t some, int64_t x, int64_t columns) {
       U* place = to + i * step + x;
+      A* block = whole ? sums : sums + i * sums_step + x;
       const int64_t pixel = Pixels ? i : x;
       for (int64_t r = 0; r < some; ++r)
         __builtin_prefetch(place + r * step, 1), __builtin_prefetch(place + r * step + columns - 1, 1);
-      multiply<A>(some, columns > L, {a.at + i * a.row, a.row, a.step}, {b.at + x, b.step}, depth, block, 2 * L, false);
-      Base::template put<Pixels>(place, step, block, some, columns, by + pixel, keep ? keep + pixel : keep);
+      multiply<A>(some, columns > L, {a.at + i * a.row, a.row, a.step}, {b.at + x, b.step}, count, block, sums_step,
+                  first > 0);
+      Base::template put<Pixels>(place, step, block, sums_step, some, columns, by + pixel, keep ? keep + pixel : keep);
       this->advance();
     });
   }
@@ -179,9 +201,14 @@ struct Worker : Lines<T, A> {
            pixel * map.pixel;
   }
 
-  // Scores of `count` queries, the line's from `first` on.
-  void score(const Part& m, Vectors<A> queries, int64_t first, int64_t count, A* s) {
-    product(pixels_of(k, m, d), p.length, queries, count, d, s, row, false);
+  // Scores of `count` queries with `keys` keys.
+  void score(const Part& m, Vectors<A> queries, int64_t count, int64_t first_key, int64_t keys, A* s) {
+    Scalars<A> from = pixels_of(k, m, d);
+    from.at += first_key * from.row;
+    product(from, keys, queries, count, d, s + first_key * row, row, false);
+  }
+  // The queries are the line's from `first` on.
+  void skip(int64_t first, int64_t count, A* s) const {
     if (p.skip_itself)
       for (int64_t i = 0; i < count; ++i) s[(first + i) * row + i] = -__builtin_inf();
   }

@@ -14,6 +14,7 @@ struct Backward : Worker<T> {
   Packed<A> key_turned, value_turned;
   A *grads, *g_turned, *out_turned, *dk, *dv;
   A *lse, *delta, *scales;  // of the queries
+  A* sums;
 
   explicit Backward(const Pass& p)
       : Backward(p, least(Base::cells_of(p), round_up(most(held_scores / p.length, 1), tile))) {}
@@ -34,6 +35,7 @@ struct Backward : Worker<T> {
     key_turned = this->pack(arena, false, G, H * d, p.length);
     value_turned = this->pack(arena, false, G, H * chunk, p.length);
     lse = arena.take<A>(G * H * cells), delta = arena.take<A>(G * H * cells), scales = arena.take<A>(cells);
+    sums = arena.take<A>(this->sums_size(d, strip));
     if (arena.base)
       for (int64_t x = 0; x < cells; ++x) scales[x] = A(p.scale);
   }
@@ -50,6 +52,32 @@ struct Backward : Worker<T> {
     for (int64_t x = 0; x < count; ++x) lse[m.index * cells + x] = *this->lse_at(*r.task, m, r.first + x);
     if (!p.delta_given) return;
     for (int64_t x = 0; x < count; ++x) delta[m.index * cells + x] = *Base::of_pixel(p.delta, *r.task, m, r.first + x);
+  }
+
+  template <typename Function>
+  void for_strips(int64_t first, int64_t count, Function function) const {
+    for (int64_t x = first; x < first + count; x += strip) function(x, least(strip, first + count - x));
+  }
+  void weights(const Round& r, const Part& m, Vectors<A> queries, int64_t first, int64_t count) {
+    this->for_keys([&](int64_t key, int64_t keys) {
+      for_strips(first, count, [&](int64_t x, int64_t some) {
+        this->score(m, this->near(queries, x, some, d), some, key, keys, of_part(scores, m, x));
+      });
+    });
+    for_strips(first, count, [&](int64_t x, int64_t some) {
+      this->skip(r.first + x, some, of_part(scores, m, x));
+      weigh(m, x, some, of_part(scores, m, x));
+    });
+  }
+  void grad_weights(const Round& r, const Part& m, Vectors<A> upstream, int64_t channels, int64_t first, int64_t count) {
+    this->for_keys([&](int64_t key, int64_t keys) {
+      Scalars<A> values = Base::pixels_of(v, m, channels);
+      values.at += key * values.row;
+      for_strips(first, count, [&](int64_t x, int64_t some) {
+        this->product(values, keys, this->near(upstream, x, some, channels), some, channels,
+                      of_part(grads, m, x) + key * row, row, r.channel > 0);
+      });
+    });
   }
 
   // Scores to weights, from the log-sum-exps.
@@ -112,15 +140,18 @@ struct Backward : Worker<T> {
   void grad_queries(const Task& t, const Part& m, int64_t first, int64_t x, int64_t count, const A* e) {
     T* to = this->of_map(p.grad_query, t, m, d, 0, first + x);
     const A* old = p.add ? ones : nullptr;
-    if (k.rows && p.grad_query.innermost())
-      return this->template product_put<true>({e, 1, row}, count, {part(k, m, d), k.step}, d, p.length, to,
-                                              p.grad_query.pixel, scales, old);
-    const Scalars<A> keys = Base::channels_of(k, m, d);
-    if (p.grad_query.pixel == 1)
-      this->template product_put<false>(keys, d, {e, row}, count, p.length, to, p.grad_query.c, scales, old);
-    else
-      this->template product_put<false>(keys, d, {e, row}, count, p.length, part(result, m, d) + x, result.step,
-                                        scales, static_cast<const A*>(nullptr));
+    const Scalars<A> channels = Base::channels_of(k, m, d);
+    this->for_keys([&](int64_t key, int64_t keys) {
+      if (k.rows && p.grad_query.innermost())
+        this->template product_put<true>({e, 1, row}, count, {part(k, m, d), k.step}, d, key, keys, sums, to,
+                                         p.grad_query.pixel, scales, old);
+      else if (p.grad_query.pixel == 1)
+        this->template product_put<false>(channels, d, {e, row}, count, key, keys, sums, to, p.grad_query.c, scales,
+                                          old);
+      else
+        this->template product_put<false>(channels, d, {e, row}, count, key, keys, sums, part(result, m, d) + x,
+                                          result.step, scales, static_cast<const A*>(nullptr));
+    });
   }
 
   // to[key] (+)= sum of weights[strip][key][query] rows[first + query]: a block of sums stays in the nearest cache
@@ -128,12 +159,14 @@ struct Backward : Worker<T> {
   void sum_queries(const A* weights, Vectors<A> rows, int64_t first, int64_t width, int64_t count, A* to,
                    int64_t to_step, bool add) {
     const A* from = rows.at + first * rows.step;
-    for_blocks<A>(p.length, width, [&](int64_t i, int64_t some, int64_t c, int64_t columns) {
-      for (int64_t x = 0; x < count; x += strip)
-        multiply<A>(some, columns > L, {weights + (x / strip * p.length + i) * row, row, 1},
-                    {from + x * rows.step + c, rows.step}, least(strip, count - x), to + i * to_step + c, to_step,
-                    add || x);
-      this->advance();
+    this->for_keys([&](int64_t key, int64_t keys) {
+      for_blocks<A>(keys, width, [&](int64_t j, int64_t some, int64_t c, int64_t columns) {
+        for (int64_t i = key + j, x = 0; x < count; x += strip)
+          multiply<A>(some, columns > L, {weights + (x / strip * p.length + i) * row, row, 1},
+                      {from + x * rows.step + c, rows.step}, least(strip, count - x), to + i * to_step + c, to_step,
+                      add || x);
+        this->advance();
+      });
     });
   }
 
@@ -152,7 +185,7 @@ struct Backward : Worker<T> {
     if (!map.innermost()) return turn(sums, step, p.length, channels, part(turned, m, channels), turned.step);
     T* to = this->of_map(map, t, m, width, channel, 0);
     for (int64_t x = 0; x < p.length; ++x)
-      Base::template put<true>(to + x * map.pixel, 0, sums + x * step, 1, channels, static_cast<const A*>(nullptr),
+      Base::template put<true>(to + x * map.pixel, 0, sums + x * step, 0, 1, channels, static_cast<const A*>(nullptr),
                                add ? ones : nullptr);
   }
   void give_parts(const Map& map, const Task& t, int64_t width, int64_t channel, int64_t channels,
@@ -195,22 +228,15 @@ struct Backward : Worker<T> {
     if (!r.channel) queries = this->planar(q, m, 0, count, d, this->q_turned), read_statistics(r, m, count);
     if (!chunked()) query_rows = rows(q, m, count, d, this->q_turned);
     if (p.delta_of_out) add_delta(m, r.channel, channels, count, upstream);
-    for (int64_t x = 0; x < count; x += strip) {
-      const int64_t some = least(strip, count - x);
-      A *s = of_part(scores, m, x), *e = of_part(grads, m, x);
-      if (!r.channel) {
-        this->score(m, this->near(queries, x, some, d), r.first + x, some, s);
-        weigh(m, x, some, s);
-      }
-      this->product(Base::pixels_of(v, m, channels), p.length, this->near(upstream, x, some, channels), some, channels,
-                    e, row, r.channel > 0);
+    for (int64_t x = 0, some; x < count; x += some) {
+      some = least(chunked() ? count : strip, count - x);
+      if (!r.channel) weights(r, m, queries, x, some);
+      grad_weights(r, m, upstream, channels, x, some);
+      sum_queries(of_part(scores, m, x), upstream_rows, x, channels, some, value_sums, sums_step, !whole || x);
       if (chunked()) continue;
-      sum_queries(s, upstream_rows, x, channels, some, value_sums, sums_step, !whole || x);
       finish_strip(r, m, x, some);
-      sum_queries(e, query_rows, x, d, some, key_sums, row_of(d), !whole || x);
+      sum_queries(of_part(grads, m, x), query_rows, x, d, some, key_sums, row_of(d), !whole || x);
     }
-    if (chunked())
-      sum_queries(of_part(scores, m, 0), upstream_rows, 0, channels, count, value_sums, sums_step, !whole);
     if (!whole) return;
     give_part(p.grad_value, *r.task, m, p.dv, r.channel, channels, dv, sums_step, value_turned, p.add_value);
     if (!chunked()) give_part(p.grad_key, *r.task, m, d, 0, d, dk, row_of(d), key_turned, p.add);

@@ -10,6 +10,7 @@ struct Forward : Worker<T> {
   static constexpr A lowest = sizeof(A) == 4 ? A(-3e38f) : A(-1e300);
 
   A *factor, *keep;  // of the queries: what their sums are multiplied by, and what is there already
+  A* sums;           // of tiles
 
   // Lines are often a few pixels longer than whole tiles: the last tile takes them.
   static constexpr int64_t widest = tile + Base::L;
@@ -25,6 +26,7 @@ struct Forward : Worker<T> {
     Base::take_memory(arena, chunked() && p.round >= p.piece_length(), p.out, chunk, d);
     const int64_t parts = p.group() * p.head_group;
     factor = arena.take<A>(parts * cells), keep = arena.take<A>(parts * cells);
+    sums = arena.take<A>((chunked() ? parts * this->strips : 1) * this->sums_size(chunk, row));
   }
 
   // Scores to unnormalised weights; their factor, and what remains of the result in place.
@@ -70,19 +72,21 @@ struct Forward : Worker<T> {
     return by_channels() ? blocks<A>(tile, channels) : blocks<A>(channels, tile);
   }
 
-  // Queries from x on of the round.
-  void mix(const Round& r, const Part& m, int64_t x, int64_t count, int64_t channels, const A* s) {
+  // Queries from x on of the round, with `keys` keys.
+  void mix(const Round& r, const Part& m, int64_t x, int64_t count, int64_t channels, int64_t key, int64_t keys) {
+    const A* s = of_part(scores, m, x);
+    A* held = sums + (chunked() ? m.index * this->strips + x / tile : 0) * this->sums_size(chunk, row);
     const A* by = factor + m.index * cells + x;
     const A* old = p.merge ? keep + m.index * cells + x : p.add ? this->ones : nullptr;
     T* to = this->of_map(p.out, *r.task, m, p.dv, r.channel, r.first + x);
     if (by_channels())
-      return this->template product_put<true>({s, 1, row}, count, {Base::part(v, m, channels), v.step}, channels,
-                                              p.length, to, p.out.pixel, by, old);
+      return this->template product_put<true>({s, 1, row}, count, {Base::part(v, m, channels), v.step}, channels, key,
+                                              keys, held, to, p.out.pixel, by, old);
     const Scalars<A> values = Base::channels_of(v, m, channels);
     if (p.out.pixel == 1)
-      this->template product_put<false>(values, channels, {s, row}, count, p.length, to, p.out.c, by, old);
+      this->template product_put<false>(values, channels, {s, row}, count, key, keys, held, to, p.out.c, by, old);
     else
-      this->template product_put<false>(values, channels, {s, row}, count, p.length,
+      this->template product_put<false>(values, channels, {s, row}, count, key, keys, held,
                                         Base::part(result, m, channels) + x, result.step, by, old);
   }
 
@@ -94,7 +98,8 @@ struct Forward : Worker<T> {
       const int64_t channels = least(chunk, p.dv - r.channel);
       const auto weights = [&](const Part& m, int64_t x, int64_t some) {
         A* s = of_part(scores, m, x);
-        this->score(m, this->near(this->planar(q, m, x, some, d, this->q_turned), 0, some, d), r.first + x, some, s);
+        this->score(m, this->near(this->planar(q, m, x, some, d, this->q_turned), 0, some, d), some, 0, p.length, s);
+        this->skip(r.first + x, some, s);
         softmax(t, m, r.first, x, some, s);
       };
       if (!r.channel) this->read_keys_and_queries(r);
@@ -109,12 +114,19 @@ struct Forward : Worker<T> {
       const int64_t score_blocks = chunked() ? 0 : blocks<A>(p.length, tile);
       this->spread_over(t.lines * t.heads * tiles * (score_blocks + mix_blocks(channels)));
       if (staged && (p.merge || p.add)) Base::copy(this->results_of(p.out, t, r.first, r.channel), 1, result);
-      Base::for_parts(t, [&](const Part& m) {
-        for_tiles(count, [&](int64_t x, int64_t some) {
-          if (!chunked()) weights(m, x, some);
-          mix(r, m, x, some, channels, of_part(scores, m, x));
+      if (chunked())
+        this->for_keys([&](int64_t key, int64_t keys) {
+          Base::for_parts(t, [&](const Part& m) {
+            for_tiles(count, [&](int64_t x, int64_t some) { mix(r, m, x, some, channels, key, keys); });
+          });
         });
-      });
+      else
+        Base::for_parts(t, [&](const Part& m) {
+          for_tiles(count, [&](int64_t x, int64_t some) {
+            weights(m, x, some);
+            this->for_keys([&](int64_t key, int64_t keys) { mix(r, m, x, some, channels, key, keys); });
+          });
+        });
       if (staged) this->give(p.out, t, p.dv, r.channel, t.heads * channels, r.first, count, result, false);
     }
   }

@@ -166,11 +166,12 @@ struct Lines {
     }
   }
 
-  // Writes a block of sums, [n][two vectors], to rows of a result: block * by (+ what is there * keep). by and keep are
-  // of pixels, which the rows are, or the columns; none is 1, and nothing kept.
+  // Writes a block of sums to rows of a result: block * by (+ what is there * keep). by and keep are of pixels, which the
+  // rows are, or the columns; none is 1, and nothing kept.
   template <bool Pixels, typename U>
-  static void put(U* to, int64_t row, const A* block, int64_t n, int64_t columns, const A* by, const A* keep) {
-    for (int64_t i = 0; i < n; ++i, to += row, block += 2 * L)
+  static void put(U* to, int64_t row, const A* block, int64_t block_row, int64_t n, int64_t columns, const A* by,
+                  const A* keep) {
+    for (int64_t i = 0; i < n; ++i, to += row, block += block_row)
       for (int64_t j = 0; j < columns; j += L) {
         const int64_t some = least(columns - j, L);
         const auto of = [&](const A* pixels) { return Pixels ? Vec<A>{} + pixels[i] : load(pixels + j); };
