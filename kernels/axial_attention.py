@@ -396,7 +396,7 @@ def _plan(kernel: Any, axis: str, maps: dict[str, Tensor | None], num_heads: int
     n, _, height, width = query.shape
     lines, length = (width, height) if axis == "h" else (height, width)
     d, d_v = query.shape[1] // num_heads, value.shape[1] // num_heads
-    config = configuration(kernel, d, d_v, query.element_size(), length)
+    config = configuration(kernel, d, d_v, query.element_size(), length, value.stride(1) == 1)
     order = (0, 1, 3, 2) if axis == "h" else (0, 1, 2, 3)
     present = [x for x in maps.values() if x is not None]
     extents = [sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in present]
@@ -431,8 +431,8 @@ def _plan(kernel: Any, axis: str, maps: dict[str, Tensor | None], num_heads: int
     return Launch(kernel, (n * num_heads * lines * blocks * slices,), args, num_warps, num_stages=2)
 
 
-def configuration(kernel: Any, d: int, d_v: int, itemsize: int, length: int) -> dict[str, int]:
-    """Blocks of queries, keys and channels, and warps: the largest that do not spill.
+def configuration(kernel: Any, d: int, d_v: int, itemsize: int, length: int, innermost: bool) -> dict[str, int]:
+    """Blocks of queries, keys and channels, and warps: the largest that do not spill. innermost: the channels are.
 
     fp32 has no tensor core and unrolls its products, hence the narrower blocks; fp64 is there to be right.
     """
@@ -447,6 +447,8 @@ def configuration(kernel: Any, d: int, d_v: int, itemsize: int, length: int) -> 
             widest, warps = 128, 8 if d_v > 32 else 4
     elif itemsize == 2 and max(d, d_v) > 64:
         queries, rows, warps = 32, 32, 8
+    elif itemsize == 4 and max(d, d_v) > 32 and innermost:
+        queries = rows = 16
     elif itemsize == 4 and max(d, d_v) > 32:
         queries, widest, warps = 16, 16, 8
     most = max(triton.next_power_of_2(length), 16)
