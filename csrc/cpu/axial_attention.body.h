@@ -34,8 +34,8 @@ struct Worker : Lines<T, A> {
   static int64_t cells_of(const Pass& p) { return round_up(least(p.round, p.length), tile); }
   static int64_t row_of(int64_t channels) { return Base::spread(round_up(channels, L)); }
   bool chunked() const { return chunk < p.dv; }
-  // Keys of a long line come in parts, which a core's cache holds while all strips of the round meet them: channels
-  // innermost, half of the time of walking all keys with every strip.
+  // Keys of a long line come in parts, which a core's cache holds while all strips of the round meet them. Walking all
+  // keys with every strip took 1.7 times as long (channels innermost, 64 and 512 of them, 4096 pixels).
   static constexpr int64_t longest = 20 * 14;
   template <typename Function>
   void for_keys(Function function) const {

@@ -75,18 +75,18 @@ struct Forward : Worker<T> {
   // Queries from x on of the round, with `keys` keys.
   void mix(const Round& r, const Part& m, int64_t x, int64_t count, int64_t channels, int64_t key, int64_t keys) {
     const A* s = of_part(scores, m, x);
-    A* held = sums + (chunked() ? m.index * this->strips + x / tile : 0) * this->sums_size(chunk, row);
+    A* so_far = sums + (chunked() ? m.index * this->strips + x / tile : 0) * this->sums_size(chunk, row);
     const A* by = factor + m.index * cells + x;
     const A* old = p.merge ? keep + m.index * cells + x : p.add ? this->ones : nullptr;
     T* to = this->of_map(p.out, *r.task, m, p.dv, r.channel, r.first + x);
     if (by_channels())
       return this->template product_put<true>({s, 1, row}, count, {Base::part(v, m, channels), v.step}, channels, key,
-                                              keys, held, to, p.out.pixel, by, old);
+                                              keys, so_far, to, p.out.pixel, by, old);
     const Scalars<A> values = Base::channels_of(v, m, channels);
     if (p.out.pixel == 1)
-      this->template product_put<false>(values, channels, {s, row}, count, key, keys, held, to, p.out.c, by, old);
+      this->template product_put<false>(values, channels, {s, row}, count, key, keys, so_far, to, p.out.c, by, old);
     else
-      this->template product_put<false>(values, channels, {s, row}, count, key, keys, held,
+      this->template product_put<false>(values, channels, {s, row}, count, key, keys, so_far,
                                         Base::part(result, m, channels) + x, result.step, by, old);
   }
 
